@@ -1,0 +1,2 @@
+//! The in-process runtime.
+#![no_std]

@@ -1,0 +1,18 @@
+//! Fusing a callee's code into a caller's worker: reading, planning, applying.
+//!
+//! Data flows one way. [`snapshot`] reads two workers without stopping them,
+//! [`plan`] is a pure function of the two snapshots and yields a [`PatchPlan`]
+//! or a [`Refused`]; [`apply`] is the only part that touches a worker, and it
+//! does nothing that is not in the plan. [`status`] reads back what is there.
+//!
+//! ```text
+//!  snapshot(Foo) ─┐
+//!                 ├─► plan (pure) ─► PatchPlan ─► apply: prepare ─► commit
+//!  snapshot(Bar) ─┘        │
+//!                          └─► Refused { code, reason, lift }
+//! ```
+
+pub mod report;
+pub mod refused;
+
+pub use refused::Refused;
