@@ -40,7 +40,7 @@ pub struct RpcReasons {
 }
 
 /// Counters of one edge in one worker, since its first patch.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct EdgeCounters {
     /// Calls that ran fused and returned.
     pub fused_calls: u64,
