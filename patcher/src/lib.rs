@@ -12,7 +12,7 @@
 //!                          └─► Refused { code, reason, lift }
 //! ```
 
-pub mod report;
 pub mod refused;
+pub mod report;
 
 pub use refused::Refused;

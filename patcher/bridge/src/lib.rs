@@ -1,2 +1,41 @@
-//! The in-process runtime.
-#![no_std]
+//! The bridge: our in-process runtime inside a worker.
+//!
+//! It is freestanding (no libc of its own, no allocation but `mmap`, no
+//! writable static data) so that it can be mapped into any worker by the
+//! same loader as a callee's image. All its state lies in the structures of
+//! [`abi`], whose addresses reach it through the site records that stubs hand
+//! over.
+//!
+//! ```text
+//!  Foo:   call stub ──► stub: displaced code; push target; r11 = site
+//!                         │
+//!                         ▼
+//!  bridge: ng_enter ──► ng_call: gate, name, target, thread, ready, free,
+//!            ▲   │              stack and memory in order?
+//!            │   │                no ──► registers back, jump to target (RPC)
+//!            │   └─ result        yes ─► input scratch ─► Bar's faas_func_call
+//!            │                            ng_append ◄─────┘  (arena)
+//!            └── returns to Foo as the RPC would have returned
+//! ```
+//!
+//! The crate has two uses. As a library of the workspace it gives the patcher
+//! the layouts in [`abi`] and lets tests run the logic in an ordinary process.
+//! Compiled with `--cfg bridge_image` as a `cdylib` (by the patcher's build
+//! script) it is the image itself, with the symbols that the loader looks up:
+//! `ng_enter`, `ng_hook`, `ng_invoke`, `ng_append`, `ng_getenv`.
+//!
+//! What it leaves to others: placing, relocating, writing windows (patcher),
+//! deciding what is fused (agent).
+
+#![cfg_attr(not(test), no_std)]
+
+pub mod abi;
+pub mod arena;
+pub mod call;
+pub mod entry;
+pub mod environment;
+pub mod start;
+mod sys;
+
+#[cfg(bridge_image)]
+mod freestanding;

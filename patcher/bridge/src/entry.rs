@@ -1,0 +1,99 @@
+//! Where stubs arrive, in assembly: the RPC's six arguments must survive
+//! untouched until it is decided that the callee runs here.
+//!
+//! On entry `r11` is the site record, `[rsp]` the call's original target and
+//! `[rsp+8]` the address that the call returns to; everything else is as the
+//! caller's code left it for the RPC.
+
+use core::arch::naked_asm;
+
+/// What [`ng_enter`] saves; the order is the stack's.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Frame {
+    /// Address of the [`crate::abi::Site`].
+    pub site: u64,
+    /// `rdi`: the caller's context.
+    pub context: u64,
+    /// `rsi`: the callee's name.
+    pub name: u64,
+    /// `rdx`: input.
+    pub input: u64,
+    /// `rcx`: input length.
+    pub input_len: u64,
+    /// `r8`: where the output's address goes.
+    pub output: u64,
+    /// `r9`: where the output's length goes.
+    pub output_len: u64,
+    /// `rax`, kept for the RPC's sake.
+    pub rax: u64,
+    /// `r10`, kept for the RPC's sake.
+    pub r10: u64,
+    /// The caller's frame pointer.
+    pub rbp: u64,
+    /// The call's original target.
+    pub target: u64,
+    /// The address that the call returns to.
+    pub return_address: u64,
+}
+
+/// [`crate::call::ng_call`]: take the RPC.
+pub const TAKE_RPC: i64 = 1;
+
+/// See the module.
+///
+/// # Safety
+/// Entered by a stub alone, never called from Rust.
+#[unsafe(naked)]
+#[cfg_attr(bridge_image, unsafe(no_mangle))]
+pub unsafe extern "C" fn ng_enter() {
+    naked_asm!(
+        ".cfi_adjust_cfa_offset 8", // the target, pushed by the stub
+        "endbr64",
+        "push rbp", // rsp = 8 (mod 16): the return address, the target, rbp
+        ".cfi_adjust_cfa_offset 8",
+        ".cfi_rel_offset rbp, 0",
+        "mov rbp, rsp",
+        ".cfi_def_cfa_register rbp",
+        "push r10",
+        "push rax",
+        "push r9",
+        "push r8",
+        "push rcx",
+        "push rdx",
+        "push rsi",
+        "push rdi",
+        "push r11", // rsp = 0 (mod 16), and a whole Frame
+        "mov rdi, rsp",
+        "call {call}",
+        "cmp rax, {rpc}",
+        "je 2f",
+        "mov rsp, rbp",
+        "pop rbp",
+        ".cfi_remember_state",
+        ".cfi_def_cfa rsp, 16",
+        ".cfi_restore rbp",
+        "lea rsp, [rsp + 8]",
+        ".cfi_adjust_cfa_offset -8",
+        "ret",
+        "2:",
+        ".cfi_restore_state",
+        "pop r11",
+        "pop rdi",
+        "pop rsi",
+        "pop rdx",
+        "pop rcx",
+        "pop r8",
+        "pop r9",
+        "pop rax",
+        "pop r10",
+        "pop rbp",
+        ".cfi_def_cfa rsp, 16",
+        ".cfi_restore rbp",
+        "pop r11",
+        ".cfi_adjust_cfa_offset -8",
+        "jmp r11",
+        call = sym crate::call::ng_call,
+        rpc = const TAKE_RPC,
+    );
+}

@@ -1,0 +1,105 @@
+//! The few instructions and system calls that have no name in Rust.
+
+use core::arch::asm;
+
+/// `mmap` of `len` private, zeroed, read-write bytes.
+pub(crate) fn map(len: usize) -> Option<*mut u8> {
+    let result: isize;
+    // SAFETY: a new anonymous mapping without MAP_FIXED touches nothing that
+    // exists; the kernel clobbers only rax, rcx and r11.
+    unsafe {
+        asm!(
+            "syscall",
+            inlateout("rax") 9_isize => result, // mmap
+            in("rdi") 0_usize,
+            in("rsi") len,
+            in("rdx") 3_usize,    // PROT_READ | PROT_WRITE
+            in("r10") 0x22_usize, // MAP_PRIVATE | MAP_ANONYMOUS
+            in("r8") -1_isize,
+            in("r9") 0_usize,
+            lateout("rcx") _, lateout("r11") _,
+            options(nostack),
+        );
+    }
+    (result > 0).then_some(result as *mut u8)
+}
+
+/// `munmap`.
+///
+/// # Safety
+/// The range was given by [`map`] and nothing refers to it any more.
+pub(crate) unsafe fn unmap(start: *mut u8, len: usize) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        asm!(
+            "syscall",
+            inlateout("rax") 11_isize => _, // munmap
+            in("rdi") start,
+            in("rsi") len,
+            lateout("rcx") _, lateout("r11") _,
+            options(nostack),
+        );
+    }
+}
+
+/// `mprotect(start, len, PROT_READ)`; gives 0 or an errno.
+///
+/// # Safety
+/// Nothing writes to the range from here on.
+pub(crate) unsafe fn seal(start: u64, len: u64) -> i32 {
+    let result: isize;
+    // SAFETY: as the caller promises.
+    unsafe {
+        asm!(
+            "syscall",
+            inlateout("rax") 10_isize => result, // mprotect
+            in("rdi") start,
+            in("rsi") len,
+            in("rdx") 1_usize, // PROT_READ
+            lateout("rcx") _, lateout("r11") _,
+            options(nostack),
+        );
+    }
+    -result as i32
+}
+
+/// The thread pointer: the C library keeps a pointer to the thread control
+/// block at its own start (System V ABI, x86-64 TLS variant II).
+#[inline(always)]
+pub(crate) fn thread_pointer() -> u64 {
+    let tp: u64;
+    // SAFETY: reads the word that the TLS ABI guarantees.
+    unsafe {
+        asm!("mov {}, fs:[0]", out(reg) tp, options(nostack, readonly, preserves_flags, pure))
+    };
+    tp
+}
+
+/// Time-stamp counter, in cycles.
+#[inline(always)]
+pub(crate) fn cycles() -> u64 {
+    // SAFETY: RDTSC is unprivileged unless prctl(PR_SET_TSC) forbids it,
+    // which would fault the worker's own C library as well.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// MXCSR and the x87 control word of this thread.
+#[inline(always)]
+pub(crate) fn floating_point() -> (u32, u16) {
+    let mut mxcsr = 0_u32;
+    let mut fpucw = 0_u16;
+    // SAFETY: both only store into the locals.
+    unsafe {
+        asm!("stmxcsr [{}]", "fnstcw [{}]", in(reg) &raw mut mxcsr, in(reg) &raw mut fpucw, options(nostack, preserves_flags));
+    }
+    (mxcsr, fpucw)
+}
+
+/// Sets MXCSR and the x87 control word of this thread.
+pub(crate) fn set_floating_point(mxcsr: u32, fpucw: u16) {
+    // SAFETY: callers pass values that were read from a thread, or the
+    // defaults: no reserved bit is set.
+    unsafe {
+        asm!("ldmxcsr [{}]", "fldcw [{}]", in(reg) &raw const mxcsr, in(reg) &raw const fpucw, options(nostack, preserves_flags, readonly));
+    }
+}
