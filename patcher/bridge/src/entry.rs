@@ -48,7 +48,8 @@ pub const TAKE_RPC: i64 = 1;
 #[cfg_attr(bridge_image, unsafe(no_mangle))]
 pub unsafe extern "C" fn ng_enter() {
     naked_asm!(
-        ".cfi_adjust_cfa_offset 8", // the target, pushed by the stub
+        ".cfi_startproc",
+    ".cfi_adjust_cfa_offset 8", // the target, pushed by the stub
         "endbr64",
         "push rbp", // rsp = 8 (mod 16): the return address, the target, rbp
         ".cfi_adjust_cfa_offset 8",
@@ -93,6 +94,7 @@ pub unsafe extern "C" fn ng_enter() {
         "pop r11",
         ".cfi_adjust_cfa_offset -8",
         "jmp r11",
+    ".cfi_endproc",
         call = sym crate::call::ng_call,
         rpc = const TAKE_RPC,
     );
