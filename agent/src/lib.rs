@@ -1,1 +1,20 @@
-//! Placeholder until its first module lands.
+//! The node agent of nightgraft: finds nightcore's workers, has the patcher
+//! fuse and un-fuse them, and answers on a Unix socket.
+//!
+//! ```text
+//!  agentctl ──HTTP/JSON──► server ──► ps, status, explain ──(read only)──┐
+//!   (cli, client)            │                                           ▼
+//!                            └─► driver (one thread) ─► ops ─► canary ─► Grafter
+//!                                                        │
+//!                                        discover ◄──────┘   (/proc, afresh each time)
+//! ```
+//!
+//! One thread changes workers; everything else queues for it or only reads.
+
+#![deny(unsafe_code)]
+
+pub mod api;
+pub mod discover;
+pub mod error;
+pub mod factory;
+pub mod grafter;

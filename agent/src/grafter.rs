@@ -1,0 +1,136 @@
+//! What the agent asks of the patcher, as a trait.
+//!
+//! Everything else in this crate codes against [`Grafter`], so that discovery,
+//! the canary and the API are tested with a fake and no process is touched.
+//! Two kinds of call:
+//!
+//! * [`Grafter::patch`], [`Grafter::revert`], [`Grafter::set_gate`] change a
+//!   worker. Only the driver's thread calls them, one at a time, always the
+//!   same OS thread (a tracee belongs to the thread that seized it).
+//! * [`Grafter::explain`], [`Grafter::status`], [`Grafter::build_id`] only
+//!   read. Any thread may call them, also while a worker is being changed.
+
+use std::path::PathBuf;
+
+pub use nightgraft_patcher::Refused;
+pub use nightgraft_patcher::report::{
+    CalleeState, Disturbed, EdgeCounters, GraftStatus, PatchReceipt, RevertReceipt, RpcReasons,
+    SiteProof, WorkerStatus,
+};
+
+/// One worker, as the patcher must know it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Target {
+    /// Process id as the agent's `/proc` numbers it.
+    pub pid: i32,
+    /// Start time in clock ticks since boot (field 22 of `/proc/PID/stat`):
+    /// with the pid it names one process for as long as the node is up.
+    pub start_time: u64,
+    /// The function library as the worker names it, inside its own container.
+    pub library: PathBuf,
+}
+
+/// What a patch would do, without having done it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Explained {
+    /// The plan for a human reader: mappings, and each window's disassembly
+    /// before and after.
+    pub text: String,
+    /// The plan as the patcher serialises it.
+    pub plan: serde_json::Value,
+}
+
+/// Why a call of [`Grafter`] did not do what it was asked.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum GraftError {
+    /// The edge can't be fused right; the worker is as it was.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// Another process traces the worker, and there can be only one.
+    #[error("worker {pid} is traced by {tracer_name} (pid {tracer_pid})")]
+    TracedBy {
+        /// The worker.
+        pid: i32,
+        /// The process that traces it.
+        tracer_pid: i32,
+        /// That process's command name, or `?` where it can't be read.
+        tracer_name: String,
+    },
+    /// The kernel denied the agent something that a capability or namespace
+    /// would grant.
+    #[error("the agent lacks {capability}, needed to {purpose}")]
+    MissingCapability {
+        /// What is missing, such as `CAP_SYS_PTRACE`.
+        capability: String,
+        /// What it is needed for, completing "needed to …".
+        purpose: String,
+        /// The container flag that grants it, such as `--cap-add SYS_PTRACE`.
+        flag: String,
+    },
+    /// The worker has exited, or its pid now belongs to another process.
+    #[error("worker {pid} has exited")]
+    WorkerGone {
+        /// The worker.
+        pid: i32,
+    },
+    /// Anything else. The text says the operation, its subject and the cause.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Fuses, un-fuses and reads workers.
+pub trait Grafter: Send + Sync {
+    /// Plans the fusing of `callee` into `caller` and touches neither.
+    ///
+    /// # Errors
+    /// [`GraftError::Refused`] where the edge can't be fused right; else what
+    /// kept the plan from being made.
+    fn explain(
+        &self,
+        caller: &Target,
+        callee: &Target,
+        callee_name: &str,
+    ) -> Result<Explained, GraftError>;
+
+    /// Fuses `callee` into `caller`. An edge that is fused already is left as
+    /// it is, and the receipt says so ([`PatchReceipt::already`]).
+    ///
+    /// # Errors
+    /// Any [`GraftError`]; the worker then runs its original code.
+    fn patch(
+        &self,
+        caller: &Target,
+        callee: &Target,
+        callee_name: &str,
+    ) -> Result<PatchReceipt, GraftError>;
+
+    /// Un-fuses an edge: the gate at once, the bytes when no thread is inside.
+    /// An edge that is not fused is no error ([`RevertReceipt::nothing`]).
+    ///
+    /// # Errors
+    /// Any [`GraftError`] but [`GraftError::Refused`].
+    fn revert(&self, caller: &Target, callee_name: &str) -> Result<RevertReceipt, GraftError>;
+
+    /// Reads back what of ours is in a worker, through `/proc/PID/mem` alone;
+    /// `None` where there is nothing.
+    ///
+    /// # Errors
+    /// [`GraftError::WorkerGone`], [`GraftError::MissingCapability`] or
+    /// [`GraftError::Failed`].
+    fn status(&self, worker: &Target) -> Result<Option<WorkerStatus>, GraftError>;
+
+    /// Build-id of the worker's function library, lower-case hex; `None` where
+    /// it was linked without one.
+    ///
+    /// # Errors
+    /// As [`Grafter::status`].
+    fn build_id(&self, worker: &Target) -> Result<Option<String>, GraftError>;
+
+    /// Stores the gate's byte of a fused edge: `true` lets calls run fused.
+    /// Stops nobody.
+    ///
+    /// # Errors
+    /// As [`Grafter::status`]; [`GraftError::Failed`] where the edge is not
+    /// there.
+    fn set_gate(&self, caller: &Target, callee_name: &str, on: bool) -> Result<(), GraftError>;
+}
