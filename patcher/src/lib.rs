@@ -12,7 +12,11 @@
 //!                          └─► Refused { code, reason, lift }
 //! ```
 
+pub mod effects;
+pub mod elf;
+pub mod load;
 pub mod refused;
 pub mod report;
+pub mod snapshot;
 
 pub use refused::Refused;

@@ -2,38 +2,195 @@
 
 use serde::{Deserialize, Serialize};
 
-/// A reason, found by reading alone, why an edge cannot be fused right.
-///
-/// A refusal leaves the worker byte for byte as it was.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-#[serde(tag = "code", rename_all = "kebab-case")]
-#[non_exhaustive]
-pub enum Refused {
-    /// The caller's library never passes the callee's name to an RPC that
-    /// the analysis can see.
-    #[error("{library} has no call site that passes the name \"{callee}\" to the RPC")]
+/// Defines the enum together with each refusal's stable code and what lifts
+/// it, so that none can be forgotten.
+macro_rules! refusals {
+    ($($(#[$meta:meta])* $name:ident { $($(#[$fmeta:meta])* $field:ident: $type:ty),* $(,)? }
+        = $code:literal, $text:literal, $lift:literal;)*) => {
+        /// A reason, found by reading alone, why an edge cannot be fused right.
+        ///
+        /// A refusal leaves the worker byte for byte as it was.
+        #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+        #[serde(tag = "code")]
+        #[non_exhaustive]
+        pub enum Refused {
+            $($(#[$meta])* #[error($text)] #[serde(rename = $code)] $name { $($(#[$fmeta])* $field: $type),* },)*
+        }
+
+        impl Refused {
+            /// The stable code of this refusal, in kebab case.
+            #[must_use]
+            pub fn code(&self) -> &'static str {
+                match self { $(Refused::$name { .. } => $code,)* }
+            }
+
+            /// What would lift the refusal.
+            #[must_use]
+            pub fn lift(&self) -> &'static str {
+                match self { $(Refused::$name { .. } => $lift,)* }
+            }
+        }
+    };
+}
+
+refusals! {
+    /// The caller's library never passes the callee's name to an RPC that the
+    /// analysis can see.
     NoSite {
         /// The caller's library, as its container names it.
         library: String,
         /// The callee's name.
         callee: String,
-    },
-}
-
-impl Refused {
-    /// The stable code of this refusal, in kebab case.
-    #[must_use]
-    pub fn code(&self) -> &'static str {
-        match self {
-            Refused::NoSite { .. } => "no-site",
-        }
-    }
-
-    /// What would lift the refusal, as an imperative sentence.
-    #[must_use]
-    pub fn lift(&self) -> String {
-        match self {
-            Refused::NoSite { .. } => "call it with a constant name".to_owned(),
-        }
-    }
+    } = "no-site", "{library} has no call that passes the constant name \"{callee}\" to the RPC",
+        "pass the name as a string constant at the call";
+    /// A call was found, but its bytes cannot be replaced safely.
+    NoWindow {
+        /// The caller's library.
+        library: String,
+        /// The call's address in the library.
+        at: u64,
+        /// What is in the way.
+        reason: String,
+    } = "no-window", "the call at {library}+{at:#x} cannot be rewritten: {reason}",
+        "compile the caller with other optimisation flags";
+    /// The entry of the caller's `faas_func_call` cannot be replaced safely.
+    NoEntryWindow {
+        /// The caller's library.
+        library: String,
+        /// What is in the way.
+        reason: String,
+    } = "no-entry-window", "the entry of faas_func_call in {library} cannot be rewritten: {reason}",
+        "compile the caller with other optimisation flags";
+    /// Code of the caller could not be analysed.
+    Analysis {
+        /// The caller's library.
+        library: String,
+        /// What is wrong.
+        reason: String,
+    } = "analysis", "{library} cannot be analysed: {reason}", "rebuild the library with standard tools";
+    /// The worker's own RPC routine was not found.
+    NoInvokeRoutine {
+        /// The worker's executable.
+        executable: String,
+        /// How many candidates there are.
+        found: usize,
+    } = "no-invoke-routine", "{executable} has {found} symbols for FuncWorker::InvokeFuncWrapper where one is needed",
+        "use a func_worker_v1 that is not stripped";
+    /// The callee's library lacks a function of the worker_v1 ABI.
+    MissingExport {
+        /// The callee's library.
+        library: String,
+        /// The function.
+        symbol: String,
+    } = "missing-export", "{library} does not export {symbol}", "build the callee as a worker_v1 function library";
+    /// The callee has thread-local storage of its own.
+    Tls {
+        /// The callee's library.
+        library: String,
+    } = "tls", "{library} has thread-local storage of its own", "remove thread-local variables from the callee";
+    /// The callee wants its code changed by relocations.
+    TextRelocations {
+        /// The callee's library.
+        library: String,
+    } = "text-relocations", "{library} has text relocations", "compile the callee with -fPIC";
+    /// The callee wants executable stacks.
+    ExecutableStack {
+        /// The callee's library.
+        library: String,
+    } = "executable-stack", "{library} needs an executable stack", "link the callee with -z noexecstack";
+    /// The callee needs a library that its worker did not start with.
+    Dependency {
+        /// The callee's library.
+        library: String,
+        /// What it needs.
+        needed: String,
+    } = "dependency", "{library} needs {needed}, which the worker itself does not load",
+        "link it statically into the callee";
+    /// A library that caller and callee would share is not the same one.
+    DifferentLibrary {
+        /// The library.
+        library: String,
+        /// Its build-id in the caller's worker, or why there is none.
+        caller: String,
+        /// Its build-id in the callee's worker.
+        callee: String,
+    } = "different-library", "{library} is {callee} in the callee's worker but {caller} in the caller's",
+        "build both containers from the same base image";
+    /// A symbol that the callee imports is nowhere in its scope.
+    UnresolvedSymbol {
+        /// The callee's library.
+        library: String,
+        /// The symbol, with its version.
+        symbol: String,
+    } = "unresolved-symbol", "{library} imports {symbol}, which nothing in its worker defines",
+        "link the callee against what defines it";
+    /// The callee imports a function that would see the process as its own.
+    UnsupportedImport {
+        /// The callee's library.
+        library: String,
+        /// The function.
+        symbol: String,
+        /// What would go wrong.
+        reason: String,
+    } = "unsupported-import", "{library} imports {symbol}, which {reason}", "do without it in the callee";
+    /// A relocation that is not supported.
+    UnsupportedRelocation {
+        /// The callee's library.
+        library: String,
+        /// `R_X86_64_…`, as a number.
+        kind: u32,
+        /// The address in the image that it changes.
+        at: u64,
+    } = "unsupported-relocation", "{library} has a relocation of kind {kind} at {at:#x}",
+        "build the callee with standard tools and flags";
+    /// The callee's file is not consistent.
+    BrokenImage {
+        /// The callee's library.
+        library: String,
+        /// What is wrong.
+        reason: String,
+    } = "broken-image", "{library} cannot be loaded: {reason}", "rebuild the callee";
+    /// A file was replaced on disk since it was mapped.
+    Replaced {
+        /// The file.
+        path: String,
+        /// The worker that has the old one mapped.
+        pid: i32,
+    } = "replaced", "{path} was replaced on disk since worker {pid} has mapped it", "restart that worker";
+    /// No free addresses near the caller's library.
+    NoRoomNear {
+        /// The caller's library.
+        library: String,
+        /// Bytes that were wanted.
+        bytes: u64,
+    } = "no-room-near", "no {bytes} free bytes of address space within 2 GiB of {library}",
+        "raise the worker's address space limit";
+    /// The worker's memory limit leaves too little room.
+    MemoryLimit {
+        /// Bytes wanted.
+        bytes: u64,
+        /// Bytes left below the limit.
+        room: u64,
+    } = "memory-limit", "{bytes} bytes are needed and the worker's limit leaves {room}",
+        "raise the container's memory limit";
+    /// The bytes at a site are neither the library's nor ours.
+    ForeignBytes {
+        /// Live address.
+        at: u64,
+        /// Bytes expected, hex.
+        expected: String,
+        /// Bytes found, hex.
+        found: String,
+    } = "foreign-bytes", "the bytes at {at:#x} are {found} instead of {expected}: another tool was here",
+        "remove the other tool's breakpoint or patch";
+    /// The worker holds a bridge of another version, or its record is damaged.
+    OtherBridge {
+        /// What was found.
+        found: String,
+    } = "other-bridge", "the worker holds {found}", "revert with the agent that made it, or restart the worker";
+    /// The worker holds as many callees as it can.
+    TooManyGrafts {
+        /// The limit.
+        most: usize,
+    } = "too-many-grafts", "the worker holds {most} callees already", "restart the worker to drop unused images";
 }

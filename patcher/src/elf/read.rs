@@ -1,0 +1,176 @@
+//! Bounds-checked reading of the file header, program headers and notes.
+
+use super::constants as elf;
+
+use super::{ElfError, Segment};
+
+pub(super) struct Reader<'a> {
+    bytes: &'a [u8],
+}
+
+pub(super) struct Header {
+    pub(super) file_type: u16,
+    pub(super) entry: u64,
+    program_offset: u64,
+    program_count: u16,
+}
+
+pub(super) struct Program {
+    pub(super) kind: u32,
+    pub(super) segment: Segment,
+}
+
+pub(super) fn broken(what: &str, at: u64) -> ElfError {
+    ElfError::Broken {
+        what: what.to_owned(),
+        at,
+    }
+}
+
+/// `len` bytes of `bytes` at `offset`.
+pub(super) fn slice<'a>(
+    bytes: &'a [u8],
+    offset: u64,
+    len: u64,
+    what: &str,
+) -> Result<&'a [u8], ElfError> {
+    let end = offset
+        .checked_add(len)
+        .ok_or_else(|| broken(what, offset))?;
+    usize::try_from(offset)
+        .ok()
+        .zip(usize::try_from(end).ok())
+        .and_then(|(start, end)| bytes.get(start..end))
+        .ok_or_else(|| broken(what, offset))
+}
+
+pub(super) fn u16_at(bytes: &[u8], offset: u64, what: &str) -> Result<u16, ElfError> {
+    let b = slice(bytes, offset, 2, what)?;
+    Ok(u16::from_le_bytes([b[0], b[1]]))
+}
+
+pub(super) fn u32_at(bytes: &[u8], offset: u64, what: &str) -> Result<u32, ElfError> {
+    let b = slice(bytes, offset, 4, what)?;
+    Ok(u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+}
+
+pub(super) fn u64_at(bytes: &[u8], offset: u64, what: &str) -> Result<u64, ElfError> {
+    let b = slice(bytes, offset, 8, what)?;
+    Ok(u64::from_le_bytes([
+        b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7],
+    ]))
+}
+
+impl<'a> Reader<'a> {
+    pub(super) fn new(bytes: &'a [u8]) -> Reader<'a> {
+        Reader { bytes }
+    }
+
+    pub(super) fn header(&self) -> Result<Header, ElfError> {
+        let b = self.bytes;
+        let foreign = |what: &str| ElfError::Foreign {
+            what: what.to_owned(),
+        };
+        if b.len() < 64 || b[..4] != elf::ELFMAG {
+            return Err(foreign("no ELF header"));
+        }
+        if b[4] != elf::ELFCLASS64 {
+            return Err(foreign("a 32-bit file"));
+        }
+        if b[5] != elf::ELFDATA2LSB {
+            return Err(foreign("a big-endian file"));
+        }
+        let machine = u16_at(b, 18, "e_machine")?;
+        if machine != elf::EM_X86_64 {
+            return Err(foreign(&format!("machine {machine}")));
+        }
+        let file_type = u16_at(b, 16, "e_type")?;
+        if file_type != elf::ET_DYN && file_type != elf::ET_EXEC {
+            return Err(foreign(&format!("file type {file_type}")));
+        }
+        let entry_size = u16_at(b, 54, "e_phentsize")?;
+        if entry_size != 56 {
+            return Err(broken("e_phentsize", u64::from(entry_size)));
+        }
+        Ok(Header {
+            file_type,
+            entry: u64_at(b, 24, "e_entry")?,
+            program_offset: u64_at(b, 32, "e_phoff")?,
+            program_count: u16_at(b, 56, "e_phnum")?,
+        })
+    }
+
+    pub(super) fn program_headers(&self, header: &Header) -> Result<Vec<Program>, ElfError> {
+        let table = slice(
+            self.bytes,
+            header.program_offset,
+            u64::from(header.program_count) * 56,
+            "program headers",
+        )?;
+        table
+            .chunks_exact(56)
+            .map(|entry| {
+                Ok(Program {
+                    kind: u32_at(entry, 0, "p_type")?,
+                    segment: Segment {
+                        flags: u32_at(entry, 4, "p_flags")?,
+                        offset: u64_at(entry, 8, "p_offset")?,
+                        vaddr: u64_at(entry, 16, "p_vaddr")?,
+                        file_size: u64_at(entry, 32, "p_filesz")?,
+                        mem_size: u64_at(entry, 40, "p_memsz")?,
+                    },
+                })
+            })
+            .collect()
+    }
+
+    pub(super) fn build_id(&self, segment: &Segment) -> Result<Option<Vec<u8>>, ElfError> {
+        let notes = slice(self.bytes, segment.offset, segment.file_size, "PT_NOTE")?;
+        let mut at = 0_u64;
+        while at + 12 <= notes.len() as u64 {
+            let name_len = u64::from(u32_at(notes, at, "note")?);
+            let desc_len = u64::from(u32_at(notes, at + 4, "note")?);
+            let kind = u32_at(notes, at + 8, "note")?;
+            let desc_at = at + 12 + name_len.next_multiple_of(4);
+            if kind == elf::NT_GNU_BUILD_ID
+                && slice(notes, at + 12, name_len, "note name")? == b"GNU\0"
+            {
+                let id = slice(notes, desc_at, desc_len, "build-id")?;
+                // Longer ones are not made by any linker.
+                return Ok((id.len() <= 64).then(|| id.to_vec()));
+            }
+            at = desc_at + desc_len.next_multiple_of(4);
+        }
+        Ok(None)
+    }
+}
+
+/// The segments lie in the file, ascend, do not share a page of addresses
+/// beyond what linkers do, and stay below 2 GiB altogether.
+pub(super) fn check_segments(segments: &[Segment], file_len: u64) -> Result<(), ElfError> {
+    let mut end = 0_u64;
+    for s in segments {
+        let fits = s
+            .offset
+            .checked_add(s.file_size)
+            .is_some_and(|e| e <= file_len);
+        if !fits || s.file_size > s.mem_size {
+            return Err(broken("PT_LOAD", s.offset));
+        }
+        if s.vaddr & 0xfff != s.offset & 0xfff && s.file_size > 0 {
+            return Err(broken("PT_LOAD's alignment", s.vaddr));
+        }
+        let Some(s_end) = s.vaddr.checked_add(s.mem_size) else {
+            return Err(broken("PT_LOAD", s.vaddr));
+        };
+        if s.vaddr < end {
+            return Err(broken("PT_LOAD's order", s.vaddr));
+        }
+        end = s_end;
+    }
+    match (segments.first(), end) {
+        (Some(first), end) if end - first.vaddr <= 1 << 31 => Ok(()),
+        (Some(_), end) => Err(broken("an image of more than 2 GiB", end)),
+        (None, _) => Err(broken("no PT_LOAD", 0)),
+    }
+}

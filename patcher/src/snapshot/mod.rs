@@ -1,0 +1,387 @@
+//! A worker as it is, read without stopping it.
+//!
+//! ```text
+//!  /proc/PID/{maps,limits,environ,cmdline,auxv}   what the kernel says
+//!  /proc/PID/mem                                  the dynamic linker's list,
+//!                                                 headers, bytes at sites
+//!  /proc/PID/root/…                               the ELF files
+//! ```
+//!
+//! A file is taken for what is mapped only if its headers, as they lie in
+//! memory, are the file's: names, devices and inodes can lie (a file replaced
+//! on disk, overlayfs before Linux 6.8).
+//!
+//! A worker runs on while it is read, so a snapshot may be out of date at
+//! once. Whatever a patch relies on is checked again while it is stopped.
+
+mod linkmap;
+mod rootfs;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use procfs::process::{MMapPath, MMPermissions};
+
+use crate::elf::{self, ElfError, Image};
+
+/// Why a worker could not be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SnapshotError {
+    /// The process is gone, or another one has its pid.
+    #[error("worker {pid} is gone")]
+    Gone {
+        /// The worker.
+        pid: i32,
+    },
+    /// Something of the process could not be read.
+    #[error("worker {pid}: cannot read {what}: {source}")]
+    Read {
+        /// The worker.
+        pid: i32,
+        /// What was to be read.
+        what: String,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+    /// The dynamic linker's list makes no sense.
+    #[error("the dynamic linker's list of libraries: {what}")]
+    LinkMap {
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A file is no image.
+    #[error("{path}: {source}")]
+    Elf {
+        /// The file, as the worker's container names it.
+        path: String,
+        /// What is wrong with it.
+        source: ElfError,
+    },
+    /// The function's library is not loaded in the worker.
+    #[error("worker {pid} has not loaded {library}")]
+    NotLoaded {
+        /// The worker.
+        pid: i32,
+        /// The library, as the worker names it.
+        library: String,
+    },
+    /// A file on disk is not what is mapped.
+    #[error("{path} is not the file that worker {pid} has mapped: it was replaced on disk since")]
+    Replaced {
+        /// The worker.
+        pid: i32,
+        /// The file.
+        path: String,
+    },
+}
+
+/// Reading a process's memory while it runs.
+pub trait Memory {
+    /// Fills `into` from `address`.
+    ///
+    /// # Errors
+    /// When any byte of it is not mapped, or the process is gone.
+    fn read(&self, address: u64, into: &mut [u8]) -> Result<(), SnapshotError>;
+
+    /// A little-endian word.
+    ///
+    /// # Errors
+    /// As [`Memory::read`].
+    fn u64(&self, address: u64) -> Result<u64, SnapshotError> {
+        let mut bytes = [0; 8];
+        self.read(address, &mut bytes)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// A NUL-terminated string of at most `most` bytes.
+    ///
+    /// # Errors
+    /// As [`Memory::read`]; a longer one is cut.
+    fn string(&self, address: u64, most: usize) -> Result<String, SnapshotError> {
+        let mut text = Vec::new();
+        let mut byte = [0];
+        while text.len() < most {
+            self.read(address.wrapping_add(text.len() as u64), &mut byte)?;
+            if byte[0] == 0 {
+                break;
+            }
+            text.push(byte[0]);
+        }
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+}
+
+/// `/proc/PID/mem`.
+#[derive(Debug)]
+pub struct ProcMemory {
+    pid: i32,
+    file: std::fs::File,
+}
+
+impl ProcMemory {
+    /// Opens the memory of process `pid` for reading.
+    ///
+    /// # Errors
+    /// The process is gone or may not be read.
+    pub fn open(pid: i32) -> Result<ProcMemory, SnapshotError> {
+        let path = format!("/proc/{pid}/mem");
+        match std::fs::File::open(&path) {
+            Ok(file) => Ok(ProcMemory { pid, file }),
+            Err(source) => Err(read_error(pid, path, source)),
+        }
+    }
+}
+
+impl Memory for ProcMemory {
+    fn read(&self, address: u64, into: &mut [u8]) -> Result<(), SnapshotError> {
+        use std::os::unix::fs::FileExt as _;
+        self.file
+            .read_exact_at(into, address)
+            .map_err(|source| read_error(self.pid, format!("{} bytes of its memory at {address:#x}", into.len()), source))
+    }
+}
+
+fn read_error(pid: i32, what: String, source: std::io::Error) -> SnapshotError {
+    use std::io::ErrorKind;
+    let gone = source.raw_os_error() == Some(libc::ESRCH) || source.kind() == ErrorKind::NotFound;
+    if gone && !Path::new(&format!("/proc/{pid}/stat")).exists() {
+        return SnapshotError::Gone { pid };
+    }
+    SnapshotError::Read { pid, what, source }
+}
+
+/// One line of `/proc/PID/maps`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Map {
+    /// First address.
+    pub start: u64,
+    /// First address behind it.
+    pub end: u64,
+    /// May be written.
+    pub writable: bool,
+    /// May be executed.
+    pub executable: bool,
+    /// The kernel's name for it: a path, `[stack]`, `/memfd:…`, or nothing.
+    pub name: String,
+}
+
+/// A library (or the executable) that a worker has loaded.
+#[derive(Debug, Clone)]
+pub struct Module {
+    /// File name, as the worker names it; the executable's own link for it.
+    pub path: String,
+    /// Live address = address in the image + `bias` (wrapping).
+    pub bias: u64,
+    /// The file.
+    pub image: Arc<Image>,
+}
+
+impl Module {
+    /// The file name without its folders, or the name that it gives itself.
+    #[must_use]
+    pub fn short_name(&self) -> &str {
+        self.image
+            .dynamic
+            .soname
+            .as_deref()
+            .or_else(|| Path::new(&self.path).file_name()?.to_str())
+            .unwrap_or(&self.path)
+    }
+}
+
+/// A worker, read.
+#[derive(Debug, Clone)]
+pub struct Worker {
+    /// The process, as the host numbers it.
+    pub pid: i32,
+    /// Start time in clock ticks since boot: with `pid`, its identity.
+    pub start_time: u64,
+    /// Mappings, ascending.
+    pub maps: Vec<Map>,
+    /// Loaded modules in look-up order; the executable first.
+    pub modules: Vec<Module>,
+    /// Which of `modules` is the function's library.
+    pub library: usize,
+    /// `KEY=value` strings that it was started with.
+    pub environment: Vec<Vec<u8>>,
+    /// Arguments that it was started with.
+    pub arguments: Vec<Vec<u8>>,
+    /// Soft limit of its stack in bytes (`RLIMIT_STACK`).
+    pub stack_limit: u64,
+}
+
+impl Worker {
+    /// Reads the worker `pid`, whose function is in `library` (the path as
+    /// the worker names it).
+    ///
+    /// # Errors
+    /// Says what could not be read or makes no sense.
+    pub fn read(pid: i32, library: &Path) -> Result<Worker, SnapshotError> {
+        let gone_or = |e: procfs::ProcError| match e {
+            procfs::ProcError::NotFound(_) => SnapshotError::Gone { pid },
+            e => SnapshotError::Read { pid, what: "/proc".into(), source: std::io::Error::other(e) },
+        };
+        let process = procfs::process::Process::new(pid).map_err(gone_or)?;
+        let start_time = process.stat().map_err(gone_or)?.starttime;
+        let memory = ProcMemory::open(pid)?;
+        let maps: Vec<Map> = process.maps().map_err(gone_or)?.into_iter().map(map).collect();
+        let auxv = process.auxv().map_err(gone_or)?;
+        let limits = process.limits().map_err(gone_or)?;
+        let stack_limit = match limits.max_stack_size.soft_limit {
+            procfs::process::LimitValue::Value(bytes) => bytes,
+            procfs::process::LimitValue::Unlimited => u64::MAX,
+        };
+
+        let executable_path = process.exe().map_err(gone_or)?.to_string_lossy().into_owned();
+        let executable = parse(&executable_path, rootfs::read_executable(pid)?)?;
+        let entry = auxv.get(&AT_ENTRY).copied().unwrap_or(executable.entry);
+        let bias = entry.wrapping_sub(executable.entry);
+        let Some(slot) = executable.dynamic.debug_slot else {
+            return Err(SnapshotError::LinkMap { what: "the executable is static".into() });
+        };
+        let chain = linkmap::read(&memory, slot.wrapping_add(bias))?;
+        let mut modules = Vec::with_capacity(chain.len());
+        for loaded in chain {
+            if modules.is_empty() {
+                check_mapped(pid, &memory, &executable_path, &executable, bias)?;
+                modules.push(Module { path: executable_path.clone(), bias, image: Arc::new(executable.clone()) });
+            } else if loaded.name.starts_with('/') {
+                let image = parse(&loaded.name, rootfs::read(pid, Path::new(&loaded.name))?)?;
+                check_mapped(pid, &memory, &loaded.name, &image, loaded.bias)?;
+                modules.push(Module { path: loaded.name, bias: loaded.bias, image: Arc::new(image) });
+            } else if !loaded.name.starts_with("linux-vdso") && !loaded.name.is_empty() {
+                // A relative name: the working directory may have changed.
+                return Err(SnapshotError::LinkMap { what: format!("\"{}\" is a relative name", loaded.name) });
+            }
+        }
+        let wanted = normal(library);
+        let library = modules
+            .iter()
+            .position(|m| normal(Path::new(&m.path)) == wanted)
+            .ok_or_else(|| SnapshotError::NotLoaded { pid, library: library.display().to_string() })?;
+        Ok(Worker {
+            pid,
+            start_time,
+            maps,
+            modules,
+            library,
+            environment: strings(pid, "environ")?,
+            arguments: strings(pid, "cmdline")?,
+            stack_limit,
+        })
+    }
+
+    /// The function's library.
+    #[must_use]
+    pub fn function(&self) -> &Module {
+        &self.modules[self.library]
+    }
+
+    /// The executable.
+    #[must_use]
+    pub fn executable(&self) -> &Module {
+        &self.modules[0]
+    }
+}
+
+/// `AT_ENTRY` of `<elf.h>`.
+const AT_ENTRY: u64 = 9;
+
+fn normal(path: &Path) -> PathBuf {
+    path.components().filter(|c| *c != std::path::Component::CurDir).collect()
+}
+
+fn map(m: procfs::process::MemoryMap) -> Map {
+    let name = match m.pathname {
+        MMapPath::Path(path) => path.to_string_lossy().into_owned(),
+        MMapPath::Heap => "[heap]".into(),
+        MMapPath::Stack => "[stack]".into(),
+        MMapPath::Vdso => "[vdso]".into(),
+        MMapPath::Vvar => "[vvar]".into(),
+        MMapPath::Vsyscall => "[vsyscall]".into(),
+        MMapPath::Anonymous => String::new(),
+        other => format!("{other:?}"),
+    };
+    Map {
+        start: m.address.0,
+        end: m.address.1,
+        writable: m.perms.contains(MMPermissions::WRITE),
+        executable: m.perms.contains(MMPermissions::EXECUTE),
+        name,
+    }
+}
+
+fn parse(path: &str, bytes: Arc<[u8]>) -> Result<Image, SnapshotError> {
+    Image::parse(bytes).map_err(|source| SnapshotError::Elf { path: path.to_owned(), source })
+}
+
+/// The headers in memory must be the file's. They lie in the first segment,
+/// which no relocation changes and, in practice, nobody writes.
+fn check_mapped(pid: i32, memory: &dyn Memory, path: &str, image: &Image, bias: u64) -> Result<(), SnapshotError> {
+    let Some(first) = image.segments.first() else {
+        return Err(SnapshotError::Replaced { pid, path: path.to_owned() });
+    };
+    let len = first.file_size.min(4096);
+    let mut live = vec![0; len as usize];
+    memory.read(first.vaddr.wrapping_add(bias), &mut live)?;
+    let file = image.at(first.vaddr, len).unwrap_or_default();
+    if first.writable() || live == file {
+        return Ok(());
+    }
+    Err(SnapshotError::Replaced { pid, path: path.to_owned() })
+}
+
+fn strings(pid: i32, file: &str) -> Result<Vec<Vec<u8>>, SnapshotError> {
+    let path = format!("/proc/{pid}/{file}");
+    let bytes = std::fs::read(&path).map_err(|source| read_error(pid, path, source))?;
+    Ok(bytes.split(|b| *b == 0).filter(|s| !s.is_empty()).map(<[u8]>::to_vec).collect())
+}
+
+/// The worker's own `invoke_func` routine: live addresses of every function
+/// of the executable that has the name (one, unless something is odd).
+#[must_use]
+pub fn invoke_routines(worker: &Worker) -> Vec<u64> {
+    let executable = worker.executable();
+    elf::symbol_by_prefix(&executable.image.bytes, INVOKE_PREFIX)
+        .into_iter()
+        .map(|address| address.wrapping_add(executable.bias))
+        .collect()
+}
+
+/// `faas::worker_v1::FuncWorker::InvokeFuncWrapper`, mangled, without its
+/// argument types.
+pub const INVOKE_PREFIX: &str = "_ZN4faas9worker_v110FuncWorker17InvokeFuncWrapperE";
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    /// Memory made of bytes.
+    #[derive(Default)]
+    pub(crate) struct FakeMemory(BTreeMap<u64, u8>);
+
+    impl FakeMemory {
+        pub(crate) fn put(&mut self, at: u64, bytes: &[u8]) {
+            self.0.extend((at..).zip(bytes.iter().copied()));
+        }
+
+        pub(crate) fn put_u64(&mut self, at: u64, value: u64) {
+            self.put(at, &value.to_le_bytes());
+        }
+    }
+
+    impl Memory for FakeMemory {
+        fn read(&self, address: u64, into: &mut [u8]) -> Result<(), SnapshotError> {
+            for (at, byte) in (address..).zip(into) {
+                *byte = *self.0.get(&at).ok_or_else(|| SnapshotError::Read {
+                    pid: 0,
+                    what: format!("{at:#x}"),
+                    source: std::io::Error::other("not mapped"),
+                })?;
+            }
+            Ok(())
+        }
+    }
+}
