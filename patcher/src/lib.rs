@@ -12,9 +12,11 @@
 //!                          └─► Refused { code, reason, lift }
 //! ```
 
+pub mod code;
 pub mod effects;
 pub mod elf;
 pub mod load;
+pub mod manifest;
 pub mod refused;
 pub mod report;
 pub mod snapshot;

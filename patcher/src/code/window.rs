@@ -1,0 +1,552 @@
+//! The bytes that a rewrite replaces: whole instructions that nothing enters
+//! but at their start.
+//!
+//! ```text
+//!  before                          after
+//!    lea rdi, [rbp-8]  ┐             nop            ┐
+//!    mov r8, rsp       │ window      call stub      ┘ ends at the same address
+//!    call [rbp+8]      ┘           back:
+//!  back:
+//! ```
+//!
+//! In a call window what is displaced runs below the return address that
+//! `call stub` pushed, so operands relative to `rsp` move by 8 and everything
+//! else that knows `rsp` is refused. `jmp stub` pushes nothing: in a jump
+//! window (a tail jump) and in an entry window `rsp` is free to be used.
+
+use iced_x86::{
+    Decoder, DecoderOptions, FlowControl, Formatter, Instruction, InstructionInfoFactory,
+    IntelFormatter, Mnemonic, OpKind, Register,
+};
+use serde::{Deserialize, Serialize};
+
+use super::extents::index_of;
+use super::flow::{Code, decode, number, register_target};
+use super::{ImageAddress, SiteKind};
+
+/// Length of `call rel32` and `jmp rel32`.
+pub(super) const NEAR: u64 = 5;
+/// A window is written at once, so it lies within one page.
+const PAGE: u64 = 4096;
+
+/// What a window is led away from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WindowKind {
+    /// A call: `call stub`, ending where it ended.
+    Call,
+    /// A tail jump: `jmp stub`.
+    Jump,
+    /// The start of a function: `jmp stub`.
+    Entry,
+}
+
+/// Where the original target comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Target {
+    /// From a general register, by its number in the encoding (0 = rax).
+    Register(u8),
+    /// From the memory operand of the window's last instruction.
+    Memory,
+    /// It is the code that follows (entry windows).
+    Next,
+}
+
+/// The bytes to replace, and all that is needed to do their work elsewhere.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Window {
+    /// Its first byte.
+    pub start: ImageAddress,
+    /// The bytes that are there, as the file has them.
+    pub before: Vec<u8>,
+    /// What it is led away from.
+    pub kind: WindowKind,
+    /// Where the original target comes from.
+    pub target: Target,
+    /// Offset of the call or jump in the window. In an entry window: the
+    /// offset behind the displaced instructions. What lies before it is
+    /// displaced into the stub.
+    pub branch: u8,
+}
+
+/// Why an instruction can't be displaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(rename_all = "kebab-case")]
+pub enum Obstacle {
+    /// It transfers control.
+    #[error("transfers control")]
+    Branch,
+    /// It uses the stack pointer other than as the base of an operand at or
+    /// above it.
+    #[error("uses the stack pointer")]
+    Stack,
+    /// It must stay where indirect branches land.
+    #[error("is a landing place for indirect branches")]
+    Endbr,
+    /// It is privileged, serialises state, or means something else elsewhere.
+    #[error("is not code that may run elsewhere")]
+    Exotic,
+}
+
+/// Why there is no window.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(tag = "code", rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum NoWindow {
+    /// No exported function has this name.
+    #[error("no exported function is called {name}")]
+    NoFunction {
+        /// The name.
+        name: String,
+    },
+    /// The bytes before the site do not decode into instructions that lead
+    /// to it.
+    #[error("the code around {at} can't be decoded")]
+    Undecodable {
+        /// The site.
+        at: ImageAddress,
+    },
+    /// The function has too few bytes before (or, at its entry, behind) it.
+    #[error("only {room} bytes of code around {at}, {NEAR} are needed")]
+    Short {
+        /// The site.
+        at: ImageAddress,
+        /// Bytes that there are.
+        room: u64,
+    },
+    /// Something can jump or return into the window.
+    #[error("control can enter at {label}, inside the window from {start}")]
+    Entered {
+        /// The window's start.
+        start: ImageAddress,
+        /// Where control can enter.
+        label: ImageAddress,
+    },
+    /// An instruction can't be displaced.
+    #[error("`{text}` at {at} {obstacle}")]
+    Displaced {
+        /// The instruction.
+        at: ImageAddress,
+        /// Its disassembly.
+        text: String,
+        /// Why not.
+        obstacle: Obstacle,
+    },
+    /// The target's operand has no meaning in a stub.
+    #[error("the target of `{text}` at {at} can't be loaded elsewhere")]
+    Operand {
+        /// The call or jump.
+        at: ImageAddress,
+        /// Its disassembly.
+        text: String,
+    },
+    /// The window would lie in two pages.
+    #[error("the window from {start} crosses the page boundary at {page}")]
+    Page {
+        /// The window's start.
+        start: ImageAddress,
+        /// The boundary.
+        page: ImageAddress,
+    },
+    /// A relocation changes the window's bytes.
+    #[error("a relocation at {at} changes the window's bytes")]
+    Relocated {
+        /// The relocation's place.
+        at: ImageAddress,
+    },
+    /// Another window of the library covers some of the bytes.
+    #[error("the window from {start} overlaps the one from {other}")]
+    Overlap {
+        /// The window's start.
+        start: ImageAddress,
+        /// The other one's start.
+        other: ImageAddress,
+    },
+}
+
+impl NoWindow {
+    /// The stable code of this reason, in kebab case.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            NoWindow::NoFunction { .. } => "no-function",
+            NoWindow::Undecodable { .. } => "undecodable",
+            NoWindow::Short { .. } => "short",
+            NoWindow::Entered { .. } => "entered",
+            NoWindow::Displaced { .. } => "displaced",
+            NoWindow::Operand { .. } => "operand",
+            NoWindow::Page { .. } => "page",
+            NoWindow::Relocated { .. } => "relocated",
+            NoWindow::Overlap { .. } => "overlap",
+        }
+    }
+}
+
+impl Window {
+    /// First byte and end, in the image.
+    pub(super) fn range(&self) -> (u64, u64) {
+        let start = self.start.0;
+        (start, start.saturating_add(self.before.len() as u64))
+    }
+
+    /// The window's instructions as they are in the image, the call or jump
+    /// last (an entry window has none).
+    pub(super) fn instructions(&self, bias: u64) -> Vec<Instruction> {
+        let ip = bias.wrapping_add(self.start.0);
+        let mut decoder = Decoder::with_ip(64, &self.before, ip, DecoderOptions::NONE);
+        let mut all = Vec::new();
+        while decoder.can_decode()
+            && (decoder.position() < usize::from(self.branch)
+                || self.kind != WindowKind::Entry && decoder.position() == usize::from(self.branch))
+        {
+            all.push(decoder.decode());
+        }
+        all
+    }
+}
+
+/// The window of the site at `at`. `taken` are windows chosen before.
+pub(super) fn of_site(
+    code: &Code<'_>,
+    at: u64,
+    kind: SiteKind,
+    taken: &[(u64, u64)],
+) -> Result<Window, NoWindow> {
+    let undecodable = NoWindow::Undecodable {
+        at: ImageAddress(at),
+    };
+    let extent = index_of(code.extents, at).ok_or(undecodable.clone())?;
+    let extent = &code.extents[extent];
+    let all = code.decode(extent);
+    let index = all
+        .binary_search_by_key(&at, Instruction::ip)
+        .map_err(|_| undecodable.clone())?;
+    let branch = &all[index];
+    let kind_of_window = match kind {
+        SiteKind::Call | SiteKind::ThunkCall => WindowKind::Call,
+        SiteKind::TailJump | SiteKind::ThunkJump => WindowKind::Jump,
+    };
+    let target = target(code, branch, kind, kind_of_window)?;
+    let end = branch.next_ip();
+    let window = |start: u64, end: u64| -> Result<Window, NoWindow> {
+        check_range(code, start, end, taken)?;
+        Ok(Window {
+            start: ImageAddress(start),
+            before: code.image.bytes(start, end).unwrap_or_default().to_vec(),
+            kind: kind_of_window,
+            target: target.clone(),
+            branch: (at - start) as u8,
+        })
+    };
+    let mut info = InstructionInfoFactory::new();
+    let mut backwards = || {
+        let mut start = at;
+        let mut before = all[..index].iter().rev();
+        while end - start < NEAR {
+            let Some(previous) = before.next() else {
+                return Err(NoWindow::Short {
+                    at: ImageAddress(at),
+                    room: end - start,
+                });
+            };
+            if previous.next_ip() != start {
+                return Err(undecodable.clone());
+            }
+            if let Some(&label) = code.labels.within(start, start + 1).first() {
+                return Err(NoWindow::Entered {
+                    start: ImageAddress(previous.ip()),
+                    label: ImageAddress(label),
+                });
+            }
+            if let Some(obstacle) = obstacle(&mut info, previous, kind_of_window) {
+                return Err(NoWindow::Displaced {
+                    at: ImageAddress(previous.ip()),
+                    text: text(previous),
+                    obstacle,
+                });
+            }
+            start = previous.ip();
+        }
+        window(start, end)
+    };
+    let first = backwards();
+    if first.is_err() && kind_of_window == WindowKind::Jump {
+        // Nothing runs behind a jump: padding there makes room as well.
+        let end = end + padding(code, end, (at + NEAR).saturating_sub(end));
+        if end - at >= NEAR
+            && let Ok(window) = window(at, end)
+        {
+            return Ok(window);
+        }
+    }
+    first
+}
+
+/// The window at the entry of the exported function `name`.
+pub(super) fn of_entry(code: &Code<'_>, name: &str) -> Result<Window, NoWindow> {
+    let symbol = code
+        .image
+        .symbols
+        .iter()
+        .find(|s| s.exported && s.name == name);
+    let missing = || NoWindow::NoFunction {
+        name: name.to_owned(),
+    };
+    let function = symbol.ok_or_else(missing)?.at;
+    let extent = index_of(code.extents, function).ok_or_else(missing)?;
+    let all = decode(code.image, function, code.extents[extent].end);
+    let mut rest = all.iter().peekable();
+    let mut start = function;
+    while let Some(i) = rest.next_if(|i| i.mnemonic() == Mnemonic::Endbr64) {
+        start = i.next_ip();
+    }
+    let mut end = start;
+    let mut info = InstructionInfoFactory::new();
+    let mut falls = true;
+    while end - start < NEAR && falls {
+        let Some(i) = rest.next() else { break };
+        if i.ip() != end {
+            return Err(NoWindow::Undecodable {
+                at: ImageAddress(end),
+            });
+        }
+        if let Some(obstacle) = obstacle(&mut info, i, WindowKind::Entry) {
+            return Err(NoWindow::Displaced {
+                at: ImageAddress(i.ip()),
+                text: text(i),
+                obstacle,
+            });
+        }
+        falls = matches!(
+            i.flow_control(),
+            FlowControl::Next | FlowControl::ConditionalBranch
+        );
+        end = i.next_ip();
+    }
+    let branch = end - start;
+    if branch < NEAR && !falls {
+        end += padding(code, end, start + NEAR - end);
+    }
+    if end - start < NEAR {
+        return Err(NoWindow::Short {
+            at: ImageAddress(start),
+            room: end - start,
+        });
+    }
+    check_range(code, start, end, &[])?;
+    Ok(Window {
+        start: ImageAddress(start),
+        before: code.image.bytes(start, end).unwrap_or_default().to_vec(),
+        kind: WindowKind::Entry,
+        target: Target::Next,
+        branch: branch as u8,
+    })
+}
+
+/// `wanted` if that many bytes from `at`, where nothing falls through to, are
+/// filler that nothing enters; else what there is.
+fn padding(code: &Code<'_>, at: u64, wanted: u64) -> u64 {
+    let Some(extent) = index_of(code.extents, at) else {
+        return 0;
+    };
+    if !code.labels.within(at, at + wanted).is_empty() {
+        return 0;
+    }
+    let mut end = at;
+    for i in decode(code.image, at, code.extents[extent].end.min(at + 16)) {
+        let filler = matches!(i.mnemonic(), Mnemonic::Nop | Mnemonic::Int3);
+        if end - at >= wanted || i.ip() != end || !filler {
+            break;
+        }
+        end = i.next_ip();
+    }
+    // Filler is taken apart freely: it never runs.
+    (end - at).min(wanted)
+}
+
+fn check_range(
+    code: &Code<'_>,
+    start: u64,
+    end: u64,
+    taken: &[(u64, u64)],
+) -> Result<(), NoWindow> {
+    let page = (end - 1) & !(PAGE - 1);
+    if start < page {
+        return Err(NoWindow::Page {
+            start: ImageAddress(start),
+            page: ImageAddress(page),
+        });
+    }
+    if let Some(&label) = code.labels.within(start + 1, end).first() {
+        return Err(NoWindow::Entered {
+            start: ImageAddress(start),
+            label: ImageAddress(label),
+        });
+    }
+    // The widest relocation covers eight bytes.
+    if let Some(&(at, _)) = code.image.stored_in(start.saturating_sub(7), end).first() {
+        return Err(NoWindow::Relocated {
+            at: ImageAddress(at),
+        });
+    }
+    if let Some(&(other, _)) = taken.iter().find(|&&(s, e)| s < end && start < e) {
+        return Err(NoWindow::Overlap {
+            start: ImageAddress(start),
+            other: ImageAddress(other),
+        });
+    }
+    Ok(())
+}
+
+fn target(
+    code: &Code<'_>,
+    branch: &Instruction,
+    kind: SiteKind,
+    window: WindowKind,
+) -> Result<Target, NoWindow> {
+    let operand = NoWindow::Operand {
+        at: ImageAddress(branch.ip()),
+        text: text(branch),
+    };
+    let register = match kind {
+        SiteKind::ThunkCall | SiteKind::ThunkJump => code
+            .labels
+            .thunks
+            .get(&branch.near_branch_target())
+            .copied(),
+        SiteKind::Call | SiteKind::TailJump => register_target(branch),
+    };
+    if let Some(register) = register {
+        return match number(register) {
+            Some(number) if register != Register::RSP => Ok(Target::Register(number as u8)),
+            _ => Err(operand),
+        };
+    }
+    let usable = branch.op0_kind() == OpKind::Memory
+        && operand_obstacle(branch, window).is_none()
+        && branch.memory_base() != Register::EIP;
+    usable.then_some(Target::Memory).ok_or(operand)
+}
+
+/// Why a memory operand can't be displaced.
+fn operand_obstacle(i: &Instruction, window: WindowKind) -> Option<Obstacle> {
+    let (base, index) = (i.memory_base(), i.memory_index());
+    let narrow = |r: Register| r.is_gpr32() || r == Register::EIP;
+    if narrow(base) || narrow(index) {
+        return Some(Obstacle::Exotic);
+    }
+    let address_only = i.mnemonic() == Mnemonic::Lea;
+    let below = (i.memory_displacement64() as i64) < 0;
+    (window == WindowKind::Call && base == Register::RSP && below && !address_only)
+        .then_some(Obstacle::Stack)
+}
+
+/// Why `i` can't be displaced into a stub of this kind, if it can't.
+fn obstacle(
+    factory: &mut InstructionInfoFactory,
+    i: &Instruction,
+    window: WindowKind,
+) -> Option<Obstacle> {
+    use Mnemonic as M;
+    match i.flow_control() {
+        FlowControl::Next => {}
+        // At a function's entry what leaves it can leave it from elsewhere.
+        FlowControl::Return if window == WindowKind::Entry && i.mnemonic() == M::Ret => {}
+        FlowControl::IndirectBranch if window == WindowKind::Entry => {}
+        FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch
+            if window == WindowKind::Entry
+                && i.op0_kind() == OpKind::NearBranch64
+                && (i.is_jmp_short_or_near() || i.is_jcc_short_or_near()) =>
+        {
+            return None;
+        }
+        _ => return Some(Obstacle::Branch),
+    }
+    if matches!(i.mnemonic(), M::Endbr64 | M::Endbr32) {
+        return Some(Obstacle::Endbr);
+    }
+    let segment = |n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_segment_register();
+    let exotic = i.is_privileged()
+        || i.is_save_restore_instruction()
+        || (0..i.op_count()).any(segment)
+        || i.has_lock_prefix() && i.memory_base() == Register::RSP
+        || matches!(
+            i.mnemonic(),
+            M::Syscall
+                | M::Xend
+                | M::Xtest
+                | M::Wrfsbase
+                | M::Wrgsbase
+                | M::Wrpkru
+                | M::Rdpkru
+                | M::Incsspd
+                | M::Incsspq
+                | M::Rdsspd
+                | M::Rdsspq
+                | M::Saveprevssp
+                | M::Rstorssp
+                | M::Popfq
+                | M::Popf
+                | M::Enter
+                | M::Insb
+                | M::Insw
+                | M::Insd
+                | M::Outsb
+                | M::Outsw
+                | M::Outsd
+                | M::Lss
+                | M::Lfs
+                | M::Lgs
+        );
+    if exotic {
+        return Some(Obstacle::Exotic);
+    }
+    if (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
+        && let Some(obstacle) = operand_obstacle(i, window)
+    {
+        return Some(obstacle);
+    }
+    if window != WindowKind::Call || is_copy_of_rsp(i) {
+        return None;
+    }
+    stack_use(factory, i).then_some(Obstacle::Stack)
+}
+
+/// `mov r64, rsp`, which a stub does as `lea r64, [rsp+8]`.
+pub(super) fn is_copy_of_rsp(i: &Instruction) -> bool {
+    i.mnemonic() == Mnemonic::Mov
+        && i.op0_kind() == OpKind::Register
+        && i.op0_register().is_gpr64()
+        && i.op0_register() != Register::RSP
+        && i.op1_kind() == OpKind::Register
+        && i.op1_register() == Register::RSP
+}
+
+/// Whether `rsp` is used other than as the base of the memory operand.
+fn stack_use(factory: &mut InstructionInfoFactory, i: &Instruction) -> bool {
+    if i.is_stack_instruction() {
+        return true;
+    }
+    let named =
+        |n| i.op_kind(n) == OpKind::Register && i.op_register(n).full_register() == Register::RSP;
+    if (0..i.op_count()).any(named) || i.memory_index().full_register() == Register::RSP {
+        return true;
+    }
+    // Once as a base is what the operand's correction is for.
+    let uses = factory
+        .info(i)
+        .used_registers()
+        .iter()
+        .filter(|r| r.register().full_register() == Register::RSP)
+        .count();
+    let as_base = i.memory_base() == Register::RSP
+        && (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+    uses > usize::from(as_base)
+}
+
+pub(super) fn text(i: &Instruction) -> String {
+    let mut text = String::new();
+    IntelFormatter::new().format(i, &mut text);
+    text
+}
