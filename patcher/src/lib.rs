@@ -17,6 +17,7 @@ pub mod effects;
 pub mod elf;
 pub mod load;
 pub mod manifest;
+pub mod plan;
 pub mod refused;
 pub mod report;
 pub mod snapshot;

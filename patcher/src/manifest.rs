@@ -1,0 +1,415 @@
+//! The record, inside the worker, of everything that we put there.
+//!
+//! It lies in the control area (a memfd that `/proc/PID/maps` names), in one
+//! of two slots; one byte says which. A slot is written whole before the byte
+//! is, so a reader finds the old record or the new one. A new agent needs
+//! nothing else to know what a worker holds.
+//!
+//! The worker can write to it, so it is input like any other: length,
+//! checksum, version and identity are checked, and every address that it
+//! gives is compared with `/proc/PID/maps` before it is used.
+
+use std::mem::offset_of;
+
+use nightgraft_bridge::abi::{BRIDGE_VERSION, CONTROL_NAME, Control, Graft, MAGIC, MANIFEST_SLOT, STATE_FAILED};
+use serde::{Deserialize, Serialize};
+
+use crate::refused::Refused;
+use crate::snapshot::{Map, Memory, SnapshotError};
+
+/// A range of live addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Region {
+    /// First address.
+    pub start: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// Where the bridge's routines are in the worker; live addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BridgeAddresses {
+    /// `ng_enter`.
+    pub enter: u64,
+    /// `ng_hook`.
+    pub hook: u64,
+    /// `ng_getenv`.
+    pub getenv: u64,
+}
+
+/// One window.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WindowRecord {
+    /// First byte, live.
+    pub address: u64,
+    /// The library's bytes.
+    #[serde(with = "hex_bytes")]
+    pub before: Vec<u8>,
+    /// Our bytes.
+    #[serde(with = "hex_bytes")]
+    pub after: Vec<u8>,
+    /// It is the entry of `faas_func_call`; else a site.
+    pub entry: bool,
+    /// A call (its return address is the window's end), not a jump.
+    pub call: bool,
+    /// The site record in the worker's memory; 0 for the entry.
+    pub site: u64,
+    /// Where the original instructions went: offset in the window, live
+    /// address in the stub.
+    pub copies: Vec<(u8, u64)>,
+    /// Names that the site can pass.
+    pub names: Vec<String>,
+    /// The callee in the site's inline cache.
+    pub cached: Option<String>,
+}
+
+impl WindowRecord {
+    /// First address behind the window.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.address + self.before.len() as u64
+    }
+}
+
+/// One callee's image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GraftRecord {
+    /// The callee's name.
+    pub callee: String,
+    /// The image's build-id, or a digest of the file where it has none.
+    pub build_id: String,
+    /// The callee's library, as its container names it.
+    pub library: String,
+    /// The graft's structure, live.
+    pub graft: u64,
+    /// Index of its gate and counters.
+    pub index: usize,
+    /// Its place in the bridge's table of grafts.
+    pub slot: usize,
+    /// The image, live.
+    pub image: Region,
+    /// A newer image of the same callee has its place.
+    pub replaced: bool,
+}
+
+/// Everything of ours in one worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of the bridge.
+    pub version: u32,
+    /// The worker; a forked child inherits the record but not this number.
+    pub pid: i32,
+    /// Its start time in clock ticks since boot.
+    pub start_time: u64,
+    /// The caller's library, as its container names it.
+    pub library: String,
+    /// The control area, live.
+    pub control: u64,
+    /// The bridge's `Worker` structure, live.
+    pub worker: u64,
+    /// The bridge's routines.
+    pub bridge: BridgeAddresses,
+    /// Mapped by us.
+    pub regions: Vec<Region>,
+    /// Windows that were ever written; whether they are in place is told by
+    /// the live bytes.
+    pub windows: Vec<WindowRecord>,
+    /// Images.
+    pub grafts: Vec<GraftRecord>,
+}
+
+impl Manifest {
+    /// The graft that calls by this name run, if any.
+    #[must_use]
+    pub fn graft(&self, callee: &str) -> Option<&GraftRecord> {
+        self.grafts.iter().find(|g| !g.replaced && g.callee == callee)
+    }
+
+    /// Live address of a graft's gate byte.
+    #[must_use]
+    pub fn gate(&self, graft: &GraftRecord) -> u64 {
+        self.edge(graft) + offset_of!(nightgraft_bridge::abi::SharedEdge, gate) as u64
+    }
+
+    /// Live address of a graft's gate and counters.
+    #[must_use]
+    pub fn edge(&self, graft: &GraftRecord) -> u64 {
+        let size = size_of::<nightgraft_bridge::abi::SharedEdge>() as u64;
+        self.control + offset_of!(Control, edges) as u64 + graft.index as u64 * size
+    }
+
+    /// The slot's bytes for this record.
+    ///
+    /// # Errors
+    /// It is too large for the slot.
+    pub fn encode(&self) -> Result<Vec<u8>, Refused> {
+        let text = serde_json::to_vec(self).unwrap_or_default();
+        let most = MANIFEST_SLOT - 8;
+        if text.is_empty() || text.len() > most {
+            return Err(Refused::OtherBridge { found: format!("so much that its record has over {most} bytes") });
+        }
+        let mut slot = Vec::with_capacity(text.len() + 8);
+        slot.extend((text.len() as u32).to_le_bytes());
+        slot.extend(crc32fast::hash(&text).to_le_bytes());
+        slot.extend(text);
+        Ok(slot)
+    }
+}
+
+/// What a worker holds, as found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Present {
+    /// The record.
+    pub manifest: Manifest,
+    /// Which slot holds it: 1 or 2.
+    pub slot: u8,
+    /// Per window of the record: the live bytes.
+    pub live: Vec<Vec<u8>>,
+    /// Per graft of the record: its state (`STATE_…`).
+    pub states: Vec<u8>,
+    /// Per graft of the record: its gate.
+    pub gates: Vec<bool>,
+}
+
+impl Present {
+    /// Whether window `index` holds our bytes.
+    #[must_use]
+    pub fn in_place(&self, index: usize) -> bool {
+        self.live[index] == self.manifest.windows[index].after
+    }
+
+    /// Whether graft `index` failed to initialise.
+    #[must_use]
+    pub fn failed(&self, index: usize) -> bool {
+        self.states[index] == STATE_FAILED
+    }
+}
+
+/// Finds what the worker `pid` holds; `None` where we never were.
+///
+/// # Errors
+/// The memory cannot be read, or there is something that is not a record of
+/// this version and worker.
+pub fn find(pid: i32, start_time: u64, maps: &[Map], memory: &dyn Memory) -> Result<Option<Present>, FindError> {
+    let name = format!("/memfd:{CONTROL_NAME}");
+    let other = |found: &str| FindError::Refused(Refused::OtherBridge { found: found.to_owned() });
+    // A patch that ended before its first record leaves an empty area, which
+    // nothing points at.
+    let mut found = None;
+    for area in maps.iter().filter(|m| m.name.strip_suffix(" (deleted)").unwrap_or(&m.name) == name) {
+        if area.end - area.start < size_of::<Control>() as u64 {
+            return Err(other("a control area of another size"));
+        }
+        let mut head = [0_u8; 16];
+        memory.read(area.start, &mut head)?;
+        if head[..8] == MAGIC {
+            found = Some((area.start, head));
+        } else if head != [0; 16] {
+            return Err(other("a control area without our mark"));
+        }
+    }
+    let Some((control, head)) = found else { return Ok(None) };
+    let version = u32::from_le_bytes([head[8], head[9], head[10], head[11]]);
+    if version != BRIDGE_VERSION {
+        return Err(other(&format!("a bridge of version {version} (this agent's is {BRIDGE_VERSION})")));
+    }
+    let slot = head[offset_of!(Control, manifest)];
+    if slot == 0 {
+        return Ok(None);
+    }
+    if slot > 2 {
+        return Err(other("a record in no slot"));
+    }
+    let at = slot_address(control, slot);
+    let mut sizes = [0_u8; 8];
+    memory.read(at, &mut sizes)?;
+    let len = u32::from_le_bytes([sizes[0], sizes[1], sizes[2], sizes[3]]) as usize;
+    if len > MANIFEST_SLOT - 8 {
+        return Err(other("a record longer than its slot"));
+    }
+    let mut text = vec![0; len];
+    memory.read(at + 8, &mut text)?;
+    if crc32fast::hash(&text).to_le_bytes() != sizes[4..] {
+        return Err(other("a record whose checksum is wrong"));
+    }
+    let manifest: Manifest = serde_json::from_slice(&text).map_err(|e| other(&format!("a record that makes no sense ({e})")))?;
+    if manifest.pid != pid || manifest.start_time != start_time {
+        return Err(other(&format!("the record of worker {}, whose child it is", manifest.pid)));
+    }
+    check(&manifest, control, maps).map_err(|what| other(&what))?;
+    let mut live = Vec::new();
+    for window in &manifest.windows {
+        let mut bytes = vec![0; window.before.len()];
+        memory.read(window.address, &mut bytes)?;
+        live.push(bytes);
+    }
+    let (mut states, mut gates) = (Vec::new(), Vec::new());
+    for graft in &manifest.grafts {
+        let mut byte = [0];
+        memory.read(graft.graft + offset_of!(Graft, state) as u64, &mut byte)?;
+        states.push(byte[0]);
+        memory.read(manifest.gate(graft), &mut byte)?;
+        gates.push(byte[0] != 0);
+    }
+    Ok(Some(Present { manifest, slot, live, states, gates }))
+}
+
+/// Address of slot 1 or 2.
+#[must_use]
+pub fn slot_address(control: u64, slot: u8) -> u64 {
+    control + offset_of!(Control, slots) as u64 + (u64::from(slot) - 1) * MANIFEST_SLOT as u64
+}
+
+/// Every address lies where it must.
+fn check(manifest: &Manifest, control: u64, maps: &[Map]) -> Result<(), String> {
+    let ours = |start: u64, len: u64| {
+        manifest.regions.iter().any(|r| {
+            start >= r.start && start.checked_add(len).is_some_and(|end| end <= r.start.saturating_add(r.len))
+        })
+    };
+    let mapped = |start: u64, len: u64, code: bool| {
+        maps.iter().any(|m| start >= m.start && start + len <= m.end && (!code || m.executable))
+    };
+    if manifest.control != control || !ours(manifest.worker, size_of::<nightgraft_bridge::abi::Worker>() as u64) {
+        return Err("a record that does not fit its place".into());
+    }
+    for w in &manifest.windows {
+        let len = w.before.len() as u64;
+        let sane = w.before.len() == w.after.len() && (5..=64).contains(&len);
+        if !sane || w.address > u64::MAX - 64 || ours(w.address, len) || !mapped(w.address, len, true) {
+            return Err(format!("a record of a window at {:#x}, which is no code", w.address));
+        }
+        if w.copies.iter().any(|(_, to)| !ours(*to, 1)) {
+            return Err(format!("a record of a stub outside of ours for {:#x}", w.address));
+        }
+    }
+    for g in &manifest.grafts {
+        if g.index.max(g.slot) >= nightgraft_bridge::abi::MAX_GRAFTS || !ours(g.graft, size_of::<Graft>() as u64) {
+            return Err(format!("a record of {} at {:#x}, which is not ours", g.callee, g.graft));
+        }
+    }
+    Ok(())
+}
+
+/// Why a record could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum FindError {
+    /// The worker could not be read.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// What is there is not for this agent.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+}
+
+/// Bytes as a hex string.
+pub(crate) mod hex_bytes {
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    pub(crate) fn serialize<S: Serializer>(bytes: &[u8], to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(&crate::elf::hex(bytes))
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<u8>, D::Error> {
+        let text = String::deserialize(from)?;
+        if text.len() % 2 != 0 || !text.is_ascii() {
+            return Err(D::Error::custom("an odd number of hex digits"));
+        }
+        (0..text.len() / 2)
+            .map(|i| u8::from_str_radix(&text[i * 2..i * 2 + 2], 16).map_err(D::Error::custom))
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::testing::FakeMemory;
+
+    fn manifest() -> Manifest {
+        Manifest {
+            version: BRIDGE_VERSION,
+            pid: 7,
+            start_time: 99,
+            library: "/functions/libfoo.so".into(),
+            control: 0x10_0000,
+            worker: 0x20_0000,
+            bridge: BridgeAddresses { enter: 0x20_8000, hook: 0x20_8100, getenv: 0x20_8200 },
+            regions: vec![Region { start: 0x20_0000, len: 0x1_0000 }],
+            windows: vec![WindowRecord {
+                address: 0x40_0010,
+                before: vec![0x49, 0x89, 0xe0, 0xff, 0x55, 0x08],
+                after: vec![0x90, 0xe8, 0, 0, 0, 0],
+                entry: false,
+                call: true,
+                site: 0x20_4000,
+                copies: vec![(0, 0x20_9000), (3, 0x20_9005)],
+                names: vec!["Bar".into()],
+                cached: Some("Bar".into()),
+            }],
+            grafts: vec![GraftRecord {
+                callee: "Bar".into(),
+                build_id: "ab".into(),
+                library: "/functions/libbar.so".into(),
+                graft: 0x20_5000,
+                index: 0,
+                slot: 0,
+                image: Region { start: 0x20_a000, len: 0x1000 },
+                replaced: false,
+            }],
+        }
+    }
+
+    fn maps() -> Vec<Map> {
+        let map = |start, end, executable, name: &str| Map { start, end, writable: false, executable, name: name.into() };
+        vec![
+            map(0x10_0000, 0x10_0000 + size_of::<Control>() as u64, false, "/memfd:nightgraft (deleted)"),
+            map(0x20_0000, 0x21_0000, true, ""),
+            map(0x40_0000, 0x40_1000, true, "/functions/libfoo.so"),
+        ]
+    }
+
+    fn memory(manifest: &Manifest) -> FakeMemory {
+        let mut m = FakeMemory::default();
+        m.put(0x10_0000, &MAGIC);
+        m.put(0x10_0008, &BRIDGE_VERSION.to_le_bytes());
+        m.put(0x10_000c, &[2, 0, 0, 0]);
+        m.put(slot_address(0x10_0000, 2), &manifest.encode().unwrap());
+        m.put(0x40_0010, &manifest.windows[0].after);
+        m.put(0x20_5000, &[0; 256]);
+        m.put(manifest.gate(&manifest.grafts[0]), &[1]);
+        m
+    }
+
+    #[test]
+    fn a_record_is_found_as_it_was_written() {
+        let written = manifest();
+        let found = find(7, 99, &maps(), &memory(&written)).unwrap().unwrap();
+        assert_eq!(found.manifest, written);
+        assert!(found.in_place(0));
+        assert_eq!((found.slot, found.gates), (2, vec![true]));
+    }
+
+    #[test]
+    fn a_forked_child_a_damaged_record_and_a_strange_address_are_refused() {
+        let written = manifest();
+        let text = |r: Result<Option<Present>, FindError>| r.unwrap_err().to_string();
+        assert!(text(find(8, 99, &maps(), &memory(&written))).contains("whose child"));
+        let mut damaged = memory(&written);
+        damaged.put(slot_address(0x10_0000, 2) + 20, b"!");
+        assert!(text(find(7, 99, &maps(), &damaged)).contains("checksum"));
+        let mut strange = manifest();
+        strange.windows[0].address = 0x20_0010;
+        assert!(text(find(7, 99, &maps(), &memory(&strange))).contains("no code"));
+        let mut newer = memory(&written);
+        newer.put(0x10_0008, &9_u32.to_le_bytes());
+        assert!(text(find(7, 99, &maps(), &newer)).contains("version 9"));
+    }
+
+    #[test]
+    fn a_patch_that_died_before_its_record_is_as_if_it_never_was() {
+        let mut m = FakeMemory::default();
+        m.put(0x10_0000, &[0; 16]);
+        assert_eq!(find(7, 99, &maps(), &m).unwrap(), None);
+    }
+}

@@ -1,0 +1,135 @@
+//! A plan for people: what is mapped where, and each window's code before and
+//! after.
+
+use std::fmt::{self, Write as _};
+
+use iced_x86::{Decoder, DecoderOptions, Formatter as _, IntelFormatter};
+
+use super::{Access, PatchPlan};
+use crate::elf::hex;
+use crate::manifest::WindowRecord;
+
+impl PatchPlan {
+    /// The plan as text, ending with a newline.
+    #[must_use]
+    pub fn render(&self) -> String {
+        let mut out = String::new();
+        // Writing to a String cannot fail.
+        let _ = self.write(&mut out);
+        out
+    }
+
+    fn write(&self, out: &mut String) -> fmt::Result {
+        writeln!(out, "worker {} ({}) ← {} ({})", self.pid, self.caller_library, self.callee, self.callee_library)?;
+        if self.already {
+            return writeln!(out, "  already fused: nothing to do");
+        }
+        match &self.mapping {
+            Some(mapping) => {
+                writeln!(
+                    out,
+                    "\nmap {} at {:#x}, image {}",
+                    size(mapping.reservation.len),
+                    mapping.reservation.start,
+                    self.build_id
+                )?;
+                for part in &mapping.parts {
+                    let access = match part.access {
+                        Access::Read => "r--",
+                        Access::ReadWrite => "rw-",
+                        Access::ReadExecute => "r-x",
+                    };
+                    writeln!(out, "  {:#x}-{:#x} {access} {}", part.start, part.start + part.len, part.what)?;
+                }
+                if let Some(control) = mapping.control {
+                    writeln!(out, "  {:#x}-{:#x} rw-s gates, counters, record", control.start, control.start + control.len)?;
+                }
+                writeln!(
+                    out,
+                    "  {} relocations applied from outside, {} left to the bridge; {} initialisers on the bridge's thread",
+                    self.relocations.0, self.relocations.1, self.initialisers
+                )?;
+            }
+            None => writeln!(out, "\nimage {} is there already: used again", self.build_id)?,
+        }
+        for store in &self.stores {
+            writeln!(out, "  store {} at {:#x}: {}", hex(&store.bytes), store.address, store.what)?;
+        }
+        for window in &self.windows {
+            self.write_window(out, window)?;
+        }
+        for site in &self.unfused {
+            writeln!(out, "\nleft as RPC: the call at {}: {}", self.place(site.at), site.reason)?;
+        }
+        if self.effects.is_empty() {
+            writeln!(out, "\nno import of {} shows an effect on what the caller owns", self.callee)?;
+        } else {
+            writeln!(out, "\nfused, {} shares with the caller:", self.callee)?;
+            for effect in &self.effects {
+                writeln!(out, "  {}: {} ({})", effect.kind, effect.means, effect.imports.join(", "))?;
+            }
+        }
+        writeln!(
+            out,
+            "always shared: process, memory limit, log files; no time limit on the call; its own environment"
+        )
+    }
+
+    fn place(&self, address: u64) -> String {
+        let file = self.caller_library.rsplit('/').next().unwrap_or_default();
+        format!("{address:#x} ({file}+{:#x})", address.wrapping_sub(self.caller_bias))
+    }
+
+    fn write_window(&self, out: &mut String, window: &WindowRecord) -> fmt::Result {
+        let what = match (window.entry, window.call) {
+            (true, _) => "entry of faas_func_call",
+            (false, true) => "call",
+            (false, false) => "tail jump",
+        };
+        writeln!(out, "\nwindow {}, {what}", self.place(window.address))?;
+        for line in disassemble(&window.before, window.address) {
+            writeln!(out, "  - {line}")?;
+        }
+        for line in disassemble(&window.after, window.address) {
+            writeln!(out, "  + {line}")?;
+        }
+        let Some((at, code)) = self.stub_of(window) else { return Ok(()) };
+        writeln!(out, "  stub {at:#x}")?;
+        for line in disassemble(code, at) {
+            writeln!(out, "      {line}")?;
+        }
+        Ok(())
+    }
+
+    /// The stub's code up to the jump into the bridge.
+    fn stub_of(&self, window: &WindowRecord) -> Option<(u64, &[u8])> {
+        let at = window.copies.iter().map(|(_, to)| *to).min()?;
+        let part = self.mapping.as_ref()?.parts.iter().find(|p| (p.start..p.start + p.len).contains(&at))?;
+        let code = part.bytes.get((at - part.start) as usize..)?;
+        // `jmp [rip]` ends a bridge stub, `jmp rel32` an entry's fast path.
+        let end = code.windows(6).position(|w| w == [0xff, 0x25, 0, 0, 0, 0]).map(|at| at + 6)?;
+        (!window.entry && end < 512).then(|| (at, &code[..end]))
+    }
+}
+
+fn disassemble(code: &[u8], at: u64) -> Vec<String> {
+    let mut formatter = IntelFormatter::new();
+    let options = formatter.options_mut();
+    options.set_hex_prefix("0x");
+    options.set_hex_suffix("");
+    options.set_space_after_operand_separator(true);
+    let mut lines = Vec::new();
+    let decoder = Decoder::with_ip(64, code, at, DecoderOptions::NONE);
+    for instruction in decoder {
+        let start = (instruction.ip() - at) as usize;
+        let bytes = code.get(start..start + instruction.len()).unwrap_or_default();
+        let mut text = String::new();
+        formatter.format(&instruction, &mut text);
+        lines.push(format!("{:x}: {:<24} {text}", instruction.ip(), hex(bytes)));
+    }
+    lines
+}
+
+fn size(bytes: u64) -> String {
+    if bytes < 1 << 20 { format!("{} KiB", bytes >> 10) } else { format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)) }
+}
