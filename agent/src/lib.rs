@@ -14,7 +14,18 @@
 #![deny(unsafe_code)]
 
 pub mod api;
+pub mod canary;
+pub mod cli;
+pub mod client;
 pub mod discover;
+pub mod driver;
 pub mod error;
 pub mod factory;
 pub mod grafter;
+pub mod ops;
+pub mod select;
+pub mod server;
+pub mod socket;
+
+#[cfg(test)]
+mod testing;

@@ -1,0 +1,121 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+
+use super::format::parse_duration;
+use crate::api::{DEFAULT_SOCKET, EdgeRequest};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done, or there was nothing to do
+  1  refused or failed; the reason is on stderr (with --json on stdout)
+  2  the command line can't be understood
+  3  no agent answers on the socket";
+
+/// Fuses serverless functions while they run: a caller's RPCs to a callee
+/// become calls within the caller's workers, and RPCs again at will.
+#[derive(Debug, Parser)]
+#[command(name = "agentctl", version, after_help = EXIT_CODES)]
+pub struct Args {
+    /// The agent's socket
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        env = "NIGHTGRAFT_SOCKET",
+        default_value = DEFAULT_SOCKET
+    )]
+    pub socket: PathBuf,
+
+    /// Print one line of JSON, as the agent's API gives it
+    #[arg(long, global = true)]
+    pub json: bool,
+
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// List functions and workers, and what is fused in them
+    #[command(after_help = EXIT_CODES)]
+    Ps,
+    /// Show what is fused: calls, errors, latencies
+    #[command(after_help = EXIT_CODES)]
+    Status,
+    /// Show what patch would do, without touching anything
+    #[command(after_help = EXIT_CODES)]
+    Explain(EdgeArgs),
+    /// Fuse a callee into all workers of a caller
+    ///
+    /// One worker is patched and watched first; if it does not prove well it is
+    /// reverted and the others are left alone.
+    #[command(after_help = EXIT_CODES)]
+    Patch {
+        /// The edge.
+        #[command(flatten)]
+        edge: EdgeArgs,
+        /// How long to watch a patched worker for its callee to get ready and
+        /// its fused calls to count, such as 500ms or 2s (at most 60s)
+        #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_duration)]
+        canary_wait: Duration,
+    },
+    /// Turn a fused callee back into an RPC, in all workers of a caller
+    #[command(after_help = EXIT_CODES)]
+    Revert(EdgeArgs),
+    /// Show how the agent is, and what it lacks
+    #[command(after_help = EXIT_CODES)]
+    Health,
+}
+
+/// Names an edge.
+#[derive(Debug, clap::Args)]
+pub struct EdgeArgs {
+    /// The function that invokes (case does not matter)
+    pub caller: String,
+    /// The function that is invoked (case does not matter)
+    pub callee: String,
+    /// Pid of the engine, where several engines have functions of these names
+    #[arg(long, value_name = "PID")]
+    pub engine: Option<i32>,
+}
+
+impl From<&EdgeArgs> for EdgeRequest {
+    fn from(edge: &EdgeArgs) -> Self {
+        Self {
+            caller: edge.caller.clone(),
+            callee: edge.callee.clone(),
+            engine: edge.engine,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_may_stand_on_either_side_of_the_command() {
+        let args = Args::parse_from([
+            "agentctl", "patch", "Foo", "Bar", "--json", "--socket", "/s",
+        ]);
+        assert!(args.json);
+        assert_eq!(args.socket, PathBuf::from("/s"));
+        let Command::Patch { edge, canary_wait } = args.command else {
+            panic!("not a patch")
+        };
+        assert_eq!((edge.caller.as_str(), edge.callee.as_str()), ("Foo", "Bar"));
+        assert_eq!(canary_wait, Duration::from_secs(2));
+    }
+}

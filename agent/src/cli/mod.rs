@@ -1,0 +1,198 @@
+//! `agentctl`: what was typed → one request → text or JSON, and an exit code.
+//!
+//! The binary only calls [`run`], so that tests can too.
+
+mod args;
+mod format;
+mod render;
+#[cfg(test)]
+mod tests;
+
+use std::io::{self, Write};
+use std::time::Duration;
+
+use serde::Serialize;
+
+pub use args::{Args, Command};
+
+use crate::api::{
+    self, EdgeRequest, ErrorBody, ErrorInfo, Explanation, Health, PatchReport, PatchRequest, Ps,
+    RevertReport, Status,
+};
+use crate::client::{Client, ClientError};
+
+/// How long a request that only reads may take: more than the agent's own
+/// limit, so that its answer is the one that is seen.
+const READ_LIMIT: Duration = Duration::from_secs(35);
+/// The same for requests that change workers, besides what others have queued.
+const WRITE_LIMIT: Duration = Duration::from_secs(150);
+
+/// What `agentctl` exits with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// Done, or there was nothing to do.
+    Done = 0,
+    /// Refused or failed.
+    Refused = 1,
+    /// The command line can't be understood.
+    Usage = 2,
+    /// No agent answers.
+    NoAgent = 3,
+}
+
+impl From<Exit> for std::process::ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// What a command answers, for people and for programs.
+struct Output {
+    text: String,
+    json: serde_json::Value,
+}
+
+impl Output {
+    fn new<T: Serialize>(value: &T, text: String) -> Result<Self, ClientError> {
+        let json = serde_json::to_value(value).map_err(|error| {
+            ClientError::Answer(Box::new(ErrorBody {
+                error: ErrorInfo {
+                    code: "internal".to_owned(),
+                    message: format!("the answer does not serialise: {error}"),
+                    hint: None,
+                },
+                report: None,
+            }))
+        })?;
+        Ok(Self { text, json })
+    }
+}
+
+/// Runs one command, writes its answer to `out` and what is wrong to `err`
+/// (with `--json` both go to `out`).
+pub async fn run(args: &Args, out: &mut impl Write, err: &mut impl Write) -> Exit {
+    // A reader that has gone (`| head`) is no failure of the command's.
+    match ask(args).await {
+        Ok(output) if args.json => {
+            let _ = writeln!(out, "{}", output.json);
+            Exit::Done
+        }
+        Ok(output) => {
+            let _ = out.write_all(output.text.as_bytes());
+            Exit::Done
+        }
+        Err(error) => {
+            let exit = match error {
+                ClientError::NoAgent { .. } => Exit::NoAgent,
+                _ => Exit::Refused,
+            };
+            let body = error_body(error, args);
+            let _ = if args.json {
+                write_json(out, &body)
+            } else {
+                write_error(out, err, &body)
+            };
+            exit
+        }
+    }
+}
+
+async fn ask(args: &Args) -> Result<Output, ClientError> {
+    let client = Client::new(&args.socket);
+    match &args.command {
+        Command::Ps => {
+            let ps: Ps = client.get(api::PS, READ_LIMIT).await?;
+            Output::new(&ps, render::ps(&ps))
+        }
+        Command::Status => {
+            let status: Status = client.get(api::STATUS, READ_LIMIT).await?;
+            Output::new(&status, render::status(&status))
+        }
+        Command::Health => {
+            let health: Health = client.get(api::HEALTH, READ_LIMIT).await?;
+            Output::new(&health, render::health(&health))
+        }
+        Command::Explain(edge) => {
+            let request = EdgeRequest::from(edge);
+            let plan: Explanation = client.post(api::EXPLAIN, &request, READ_LIMIT).await?;
+            Output::new(&plan, render::explanation(&plan))
+        }
+        Command::Patch { edge, canary_wait } => {
+            let EdgeRequest {
+                caller,
+                callee,
+                engine,
+            } = EdgeRequest::from(edge);
+            let canary_wait_ms =
+                u64::try_from(canary_wait.as_millis()).unwrap_or(api::MAX_CANARY_WAIT_MS);
+            let request = PatchRequest {
+                caller,
+                callee,
+                engine,
+                canary_wait_ms,
+            };
+            let limit = WRITE_LIMIT + 2 * *canary_wait;
+            let report: PatchReport = client.post(api::PATCH, &request, limit).await?;
+            Output::new(&report, render::patched(&report))
+        }
+        Command::Revert(edge) => {
+            let request = EdgeRequest::from(edge);
+            let report: RevertReport = client.post(api::REVERT, &request, WRITE_LIMIT).await?;
+            Output::new(&report, render::reverted(&report))
+        }
+    }
+}
+
+fn error_body(error: ClientError, args: &Args) -> ErrorBody {
+    let message = error.to_string();
+    let (code, hint) = match error {
+        ClientError::Answer(body) => return *body,
+        ClientError::NoAgent { .. } => (
+            "no-agent",
+            format!(
+                "start one as root: agent --socket {}   (in a container: --pid=host --cap-add \
+                 SYS_PTRACE, and share the socket's directory)",
+                args.socket.display()
+            ),
+        ),
+        ClientError::NotAllowed { .. } => ("denied", "use agentctl as root".to_owned()),
+        ClientError::Broken { .. } => (
+            "no-answer",
+            "see the agent's log; is it an agent of this version that listens there?".to_owned(),
+        ),
+        ClientError::Timeout { .. } => (
+            "timeout",
+            "what was begun goes on: see `agentctl status`".to_owned(),
+        ),
+    };
+    let error = ErrorInfo {
+        code: code.to_owned(),
+        message,
+        hint: Some(hint),
+    };
+    ErrorBody {
+        error,
+        report: None,
+    }
+}
+
+fn write_json(out: &mut impl Write, body: &ErrorBody) -> io::Result<()> {
+    let text = serde_json::to_string(body).map_err(io::Error::other)?;
+    writeln!(out, "{text}")
+}
+
+/// The report of what was done all the same goes where it would have gone.
+fn write_error(out: &mut impl Write, err: &mut impl Write, body: &ErrorBody) -> io::Result<()> {
+    if let Some(report) = &body.report {
+        let text = serde_json::from_value::<PatchReport>(report.clone())
+            .map(|report| render::patched(&report))
+            .or_else(|_| {
+                serde_json::from_value::<RevertReport>(report.clone())
+                    .map(|report| render::reverted(&report))
+            });
+        out.write_all(text.unwrap_or_default().as_bytes())?;
+        out.flush()?;
+    }
+    err.write_all(render::error(&body.error).as_bytes())
+}

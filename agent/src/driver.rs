@@ -1,0 +1,155 @@
+//! The one thread that changes workers.
+//!
+//! ```text
+//!  request ─► queue (bounded) ─► driver thread: scan, patch or revert ─► answer
+//! ```
+//!
+//! A traced process belongs to the OS thread that seized it, so everything that
+//! the patcher does to workers happens on this thread, and two requests never
+//! meet in a worker. A request whose client has given up before its turn is
+//! dropped; one that has begun is brought to its end.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+
+use tokio::sync::{mpsc, oneshot};
+
+use crate::api::{EdgeRequest, PatchReport, PatchRequest, RevertReport};
+use crate::canary::SystemClock;
+use crate::discover::{ProcRoot, scan};
+use crate::error::AgentError;
+use crate::grafter::Grafter;
+use crate::ops::{self, Context};
+
+/// How many requests may wait.
+const QUEUE: usize = 64;
+
+type Reply<T> = oneshot::Sender<Result<T, AgentError>>;
+
+enum Job {
+    Patch(PatchRequest, Reply<PatchReport>),
+    Revert(EdgeRequest, Reply<RevertReport>),
+}
+
+impl Job {
+    fn abandoned(&self) -> bool {
+        match self {
+            Job::Patch(_, reply) => reply.is_closed(),
+            Job::Revert(_, reply) => reply.is_closed(),
+        }
+    }
+}
+
+/// Where requests are handed in. When the last clone is dropped, the driver
+/// ends after what it has begun.
+#[derive(Clone)]
+pub struct DriverHandle {
+    queue: mpsc::Sender<Job>,
+    waiting: Arc<AtomicUsize>,
+}
+
+/// Starts the driver's thread.
+///
+/// # Errors
+/// When the system gives no thread.
+pub fn start(
+    grafter: Arc<dyn Grafter>,
+    proc_root: ProcRoot,
+) -> std::io::Result<(DriverHandle, JoinHandle<()>)> {
+    let (queue, jobs) = mpsc::channel(QUEUE);
+    let waiting = Arc::new(AtomicUsize::new(0));
+    let handle = DriverHandle {
+        queue,
+        waiting: Arc::clone(&waiting),
+    };
+    let thread = std::thread::Builder::new()
+        .name("driver".to_owned())
+        .spawn(move || run(jobs, &*grafter, &proc_root, &waiting))?;
+    Ok((handle, thread))
+}
+
+fn run(
+    mut jobs: mpsc::Receiver<Job>,
+    grafter: &dyn Grafter,
+    proc_root: &ProcRoot,
+    waiting: &AtomicUsize,
+) {
+    let context = Context {
+        grafter,
+        clock: &SystemClock,
+        proc_root,
+    };
+    while let Some(job) = jobs.blocking_recv() {
+        if job.abandoned() {
+            tracing::info!("a request was dropped: its client has gone");
+        } else {
+            // Who has gone meanwhile gets no answer; the log has what was done.
+            match job {
+                Job::Patch(request, reply) => {
+                    let answer = scan(proc_root)
+                        .and_then(|node| guarded(|| ops::patch(&context, &node, &request)));
+                    let _ = reply.send(answer);
+                }
+                Job::Revert(request, reply) => {
+                    let answer = scan(proc_root)
+                        .and_then(|node| guarded(|| ops::revert(&context, &node, &request)));
+                    let _ = reply.send(answer);
+                }
+            }
+        }
+        waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A panic fails one request and leaves the driver to the others.
+fn guarded<T>(act: impl FnOnce() -> Result<T, AgentError>) -> Result<T, AgentError> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(act)).unwrap_or_else(|panic| {
+        let text = panic
+            .downcast_ref::<String>()
+            .map(String::as_str)
+            .or_else(|| panic.downcast_ref::<&str>().copied());
+        let detail = text.unwrap_or("a panic without a message").to_owned();
+        tracing::error!(detail, "the driver panicked");
+        Err(AgentError::Internal { detail })
+    })
+}
+
+impl DriverHandle {
+    /// Requests that wait or run.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
+    /// Queues a patch and waits for its end.
+    ///
+    /// # Errors
+    /// [`AgentError::Busy`], [`AgentError::Stopping`], or as [`ops::patch()`].
+    pub async fn patch(&self, request: PatchRequest) -> Result<PatchReport, AgentError> {
+        let (reply, answer) = oneshot::channel();
+        self.submit(Job::Patch(request, reply))?;
+        answer.await.unwrap_or(Err(AgentError::Stopping))
+    }
+
+    /// Queues a revert and waits for its end.
+    ///
+    /// # Errors
+    /// [`AgentError::Busy`], [`AgentError::Stopping`], or as [`ops::revert()`].
+    pub async fn revert(&self, request: EdgeRequest) -> Result<RevertReport, AgentError> {
+        let (reply, answer) = oneshot::channel();
+        self.submit(Job::Revert(request, reply))?;
+        answer.await.unwrap_or(Err(AgentError::Stopping))
+    }
+
+    fn submit(&self, job: Job) -> Result<(), AgentError> {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        self.queue.try_send(job).map_err(|error| {
+            let waiting = self.waiting.fetch_sub(1, Ordering::Relaxed) - 1;
+            match error {
+                mpsc::error::TrySendError::Full(_) => AgentError::Busy { waiting },
+                mpsc::error::TrySendError::Closed(_) => AgentError::Stopping,
+            }
+        })
+    }
+}
