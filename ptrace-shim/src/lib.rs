@@ -1,1 +1,77 @@
-//! Placeholder until its first module lands.
+//! Stopping the threads of a running process, and doing system calls through
+//! them, such that the process goes on as if nothing had been; whatever happens
+//! to us meanwhile.
+//!
+//! ```text
+//!   Process ──> Memory                       read and write while it runs
+//!      │   └──> where_threads_are            look before stopping
+//!      │
+//!      ├─ stop_thread ──> StoppedThread ── borrow ──> Borrowed ── syscall ...
+//!      │                     │   ^                        │
+//!      │                  resume └────── give_back ───────┘
+//!      │
+//!      └─ stop_all ─────> StoppedProcess ── registers, write_code ... ── resume
+//! ```
+//!
+//! - A stop is a value: registers exist only on it, it is consumed by
+//!   `resume`, and dropping it resumes too. It is bound to the OS thread that
+//!   made it, as ptrace is. [`tracer_thread`] gives it one of its own.
+//! - If this process dies at any instruction, the traced one goes on: nothing
+//!   that needs an undoing by us is ever left in it (see `borrow.rs`).
+//! - Signals, group-stops and exits that come meanwhile are passed on.
+//! - Every wait has a deadline.
+//! - The child status signal: each stop sends SIGCHLD to the agent's process,
+//!   as every child's death does. Do not wait for *any* child elsewhere.
+//!
+//! x86-64 Linux, 5.4 or later. This crate knows nothing of ELF files, of
+//! instructions (but for the two runs in [`Gadgets`]), or of whose processes
+//! these are. It does not lift seccomp filters.
+
+#![deny(unsafe_code)]
+
+mod borrow;
+mod borrowable;
+mod error;
+mod frame;
+mod gadgets;
+mod ids;
+mod maps;
+mod memory;
+mod options;
+mod process;
+mod registers;
+mod scheduling;
+mod stop_all;
+mod stop_thread;
+#[expect(unsafe_code, reason = "the one place of it, see there")]
+mod sys;
+mod syscall_names;
+mod syscalls;
+mod tracee;
+mod tracer_thread;
+mod whereabouts;
+mod xstate;
+
+pub use borrow::Borrowed;
+pub use error::{Error, NotBorrowable, Result};
+pub use gadgets::Gadgets;
+pub use ids::{Address, Pid, Tid};
+pub use maps::Mapping;
+pub use memory::{Memory, WriteMethod};
+pub use nix::errno::Errno;
+pub use options::StopOptions;
+pub use process::Process;
+pub use registers::{Interrupted, Registers};
+pub use scheduling::{SameCpu, Scheduling};
+pub use stop_all::{Stop, StoppedProcess, stop_all};
+pub use stop_thread::{StoppedThread, stop_thread};
+pub use syscall_names::syscall_name;
+pub use syscalls::{Disturbed, Sees};
+pub use tracer_thread::tracer_thread;
+pub use whereabouts::{Place, Whereabouts, where_threads_are};
+
+#[doc(hidden)]
+pub use sys::die_at_step;
+
+/// The size of a page in bytes.
+pub const PAGE_SIZE: u64 = 4096;

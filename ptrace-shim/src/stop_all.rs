@@ -1,0 +1,385 @@
+//! Stopping all threads of a process.
+//!
+//! ```text
+//!   seize those that are there        nobody is stopped yet
+//!   interrupt them all                <- the stop begins
+//!   wait for each
+//!   list the threads again: new ones are seized, interrupted, waited for,
+//!   until a complete list has no new one
+//!   read the registers of all
+//!   ...                               the caller's work
+//!   detach them all                   <- the stop ends
+//! ```
+//!
+//! A thread can only be started by one that is not stopped: once all of a
+//! complete list are stopped, there are no others.
+
+use crate::error::{Error, Result};
+use crate::options::StopOptions;
+use crate::registers::Interrupted;
+use crate::scheduling::Placed;
+use crate::stop_thread::{poke_bytes, start_tick};
+use crate::sys::ptrace;
+use crate::sys::tick::Tick;
+use crate::sys::wait::Event;
+use crate::syscalls::{Disturbed, disturbance};
+use crate::tracee::{self, Deadline, Settled, Tracee};
+use crate::{Address, Memory, PAGE_SIZE, Process, Registers, Tid, WriteMethod};
+use serde::{Deserialize, Serialize};
+use std::time::{Duration, Instant};
+
+/// Stops all threads of a process.
+///
+/// Threads that exit meanwhile are no error; new ones are stopped too.
+///
+/// # Errors
+/// Everyone runs on after an error: [`Error::ProcessDied`] or
+/// [`Error::NoSuchProcess`]; [`Error::Executed`] if it executed another program
+/// meanwhile; [`Error::TracedByAnother`], [`Error::NotPermitted`];
+/// [`Error::Timeout`] if one did not stop in time.
+pub fn stop_all(process: &Process, options: impl Into<StopOptions>) -> Result<StoppedProcess> {
+    let options = options.into();
+    let memory = Memory::open(process)?;
+    let tasks = process.tasks()?;
+    let mut listed = Vec::with_capacity(64);
+    tasks.list(&mut listed)?;
+    let tick = start_tick(process)?;
+    let placed = options.scheduling.apply(process, &listed);
+
+    let mut stopped = StoppedProcess {
+        since: Instant::now(),
+        threads: Vec::with_capacity(listed.len() + 16),
+        process: process.clone(),
+        memory,
+        _placed: placed,
+        _tick: tick,
+    };
+    // From here on dropping `stopped` resumes everyone.
+    stopped.seize(&listed)?;
+    stopped.since = Instant::now();
+    let deadline = Deadline::after(options.deadline);
+    let mut from = 0;
+    loop {
+        stopped.halt(from, deadline)?;
+        from = stopped.threads.len();
+        listed.clear();
+        let complete = tasks.list(&mut listed)?;
+        listed.retain(|tid| stopped.position(*tid).is_none());
+        stopped.seize(&listed)?;
+        // What is left on the list now is dead.
+        if stopped.threads.len() == from {
+            if complete {
+                break;
+            }
+            if deadline.has_passed() {
+                return Err(Error::Timeout {
+                    pid: process.pid(),
+                    tid: process.pid().leader(),
+                    state: process.state(process.pid().leader()),
+                    operation: "listing all threads",
+                    limit: deadline.limit,
+                });
+            }
+        }
+    }
+    stopped.look()?;
+    Ok(stopped)
+}
+
+/// A process with all threads stopped.
+///
+/// Bound to the OS thread that stopped it. Dropped, it runs on.
+#[derive(Debug)]
+#[must_use = "dropped, the process runs on"]
+pub struct StoppedProcess {
+    since: Instant,
+    threads: Vec<Stopped>,
+    process: Process,
+    memory: Memory,
+    // Put back in this order, after the threads run.
+    _placed: Placed,
+    _tick: Tick,
+}
+
+#[derive(Debug)]
+struct Stopped {
+    tracee: Tracee,
+    registers: Registers,
+    /// What user code will see, by the registers at the stop.
+    disturbed: Option<Disturbed>,
+}
+
+/// How long a stop took, and who may have noticed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stop {
+    /// From the first request to stop to the last thread's detach.
+    pub duration: Duration,
+    /// How many threads were stopped.
+    pub threads: usize,
+    /// Threads whose system call returned EINTR or early.
+    pub disturbed: Vec<Disturbed>,
+}
+
+impl StoppedProcess {
+    /// Each thread with its registers, in the order in which they were found.
+    pub fn threads(&self) -> impl Iterator<Item = (Tid, &Registers)> {
+        self.threads
+            .iter()
+            .map(|thread| (thread.tracee.tid, &thread.registers))
+    }
+
+    /// The registers of one thread.
+    #[must_use]
+    pub fn registers(&self, tid: Tid) -> Option<&Registers> {
+        let thread = self.threads.get(self.position(tid)?)?;
+        Some(&thread.registers)
+    }
+
+    /// The memory of the process.
+    #[must_use]
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// The process.
+    #[must_use]
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// For how long it has been stopped.
+    #[must_use]
+    pub fn stopped_for(&self) -> Duration {
+        self.since.elapsed()
+    }
+
+    /// Sets the general registers of a thread, at once.
+    ///
+    /// # Errors
+    /// [`Error::InSystemCall`] if the thread is in a system call that is to be
+    /// restarted: its registers decide how. [`Error::NotStopped`] for a thread
+    /// that is not among these. [`Error::ProcessDied`].
+    pub fn set_registers(&mut self, tid: Tid, registers: &Registers) -> Result<()> {
+        let process = &self.process;
+        let thread = self
+            .threads
+            .iter_mut()
+            .find(|thread| thread.tracee.tid == tid)
+            .ok_or_else(|| Error::NotStopped {
+                pid: process.pid(),
+                tid,
+            })?;
+        match thread.registers.interrupted() {
+            Interrupted::Restarting { nr } | Interrupted::RestartingFromBlock { nr } => {
+                return Err(Error::InSystemCall { tid, nr });
+            }
+            Interrupted::UserCode | Interrupted::Returning { .. } => {}
+        }
+        // What is set is in user code: nothing that could look like a call to
+        // be restarted.
+        let registers = Registers {
+            orig_rax: u64::MAX,
+            ..*registers
+        };
+        ptrace::set_registers(tid, &registers)
+            .map_err(|cause| tracee::failed(process, tid, "setting registers", cause))?;
+        thread.registers = registers;
+        Ok(())
+    }
+
+    /// Moves a thread that is in user code.
+    ///
+    /// # Errors
+    /// As for [`StoppedProcess::set_registers`].
+    pub fn set_instruction_and_stack_pointer(
+        &mut self,
+        tid: Tid,
+        instruction_pointer: Address,
+        stack_pointer: Address,
+    ) -> Result<()> {
+        let registers = self.registers(tid).ok_or(Error::NotStopped {
+            pid: self.process.pid(),
+            tid,
+        })?;
+        let moved = Registers {
+            rip: instruction_pointer.0,
+            rsp: stack_pointer.0,
+            ..*registers
+        };
+        self.set_registers(tid, &moved)
+    }
+
+    /// Writes code in one go.
+    ///
+    /// # Errors
+    /// [`Error::CodeSpans`] if it does not lie within one page, or with
+    /// [`WriteMethod::PokeData`] within one aligned word of 8 bytes; nothing is
+    /// written then. [`Error::Memory`] where nothing is mapped.
+    pub fn write_code(&mut self, address: Address, code: &[u8]) -> Result<()> {
+        let within = |unit: u64| {
+            let last = address.0.checked_add((code.len() as u64).max(1) - 1);
+            last.is_some_and(|last| last / unit == address.0 / unit)
+        };
+        let spans = |unit| Error::CodeSpans {
+            address,
+            length: code.len(),
+            unit,
+        };
+        if !within(PAGE_SIZE) {
+            return Err(spans("one page"));
+        }
+        match self.memory.write(address, code) {
+            Err(Error::ForcedWriteForbidden { .. }) if !within(8) => Err(spans("one aligned word")),
+            Err(Error::ForcedWriteForbidden { .. }) => {
+                let tid = self.threads.first().map(|thread| thread.tracee.tid);
+                let tid = tid.ok_or_else(|| self.died("writing code"))?;
+                poke_bytes(&self.process, tid, address, code)
+            }
+            result => result,
+        }
+    }
+
+    /// How code is written.
+    #[must_use]
+    pub fn write_method(&self) -> WriteMethod {
+        self.memory.write_method()
+    }
+
+    /// Writes as [`WriteMethod::PokeData`] does from here on, whatever the
+    /// kernel allows.
+    #[doc(hidden)]
+    pub fn use_poke_data(&mut self) -> Result<()> {
+        self.memory = Memory::open_with(&self.process, WriteMethod::PokeData)?;
+        Ok(())
+    }
+
+    /// Lets everyone run on.
+    ///
+    /// # Errors
+    /// [`Error::ProcessDied`] if it was killed meanwhile.
+    pub fn resume(mut self) -> Result<Stop> {
+        let disturbed = self
+            .threads
+            .iter_mut()
+            .filter_map(|thread| thread.disturbed.take())
+            .collect();
+        let threads = self.threads.len();
+        let (running, duration) = self.let_go();
+        if running == 0 {
+            return Err(self.died("resuming"));
+        }
+        Ok(Stop {
+            duration,
+            threads,
+            disturbed,
+        })
+    }
+
+    fn position(&self, tid: Tid) -> Option<usize> {
+        self.threads
+            .iter()
+            .position(|thread| thread.tracee.tid == tid)
+    }
+
+    fn died(&self, operation: &'static str) -> Error {
+        Error::ProcessDied {
+            pid: self.process.pid(),
+            operation,
+        }
+    }
+
+    /// Seizes these threads, without stopping them.
+    fn seize(&mut self, tids: &[Tid]) -> Result<()> {
+        for &tid in tids {
+            if let Some(tracee) = Tracee::seize(&self.process, tid)? {
+                self.threads.push(Stopped {
+                    tracee,
+                    registers: Registers::default(),
+                    disturbed: None,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops the seized threads from the given one on; those that are gone are
+    /// buried and left out.
+    fn halt(&mut self, from: usize, deadline: Deadline) -> Result<()> {
+        for thread in &self.threads[from..] {
+            thread.tracee.interrupt();
+        }
+        let mut next = from;
+        while let Some(thread) = self.threads.get_mut(next) {
+            match thread
+                .tracee
+                .settle(&self.process, deadline, "stopping all threads")?
+            {
+                Settled::Stopped => next += 1,
+                Settled::Gone => {
+                    self.threads.remove(next).tracee.release(&self.process);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads everyone's registers, and makes sure that all are still what they
+    /// were stopped as.
+    fn look(&mut self) -> Result<()> {
+        const OPERATION: &str = "stopping all threads";
+        if self.threads.is_empty() {
+            return Err(self.died(OPERATION));
+        }
+        for thread in &mut self.threads {
+            let tid = thread.tracee.tid;
+            // A thread that executed another program while others were being
+            // stopped took the leader's place, which had been stopped already.
+            if !matches!(thread.tracee.now(), Some(Event::Trap | Event::GroupStop)) {
+                return Err(if self.process.is_alive() {
+                    Error::Executed {
+                        pid: self.process.pid(),
+                        operation: OPERATION,
+                    }
+                } else {
+                    Error::ProcessDied {
+                        pid: self.process.pid(),
+                        operation: OPERATION,
+                    }
+                });
+            }
+            thread.registers = ptrace::registers(tid)
+                .map_err(|cause| tracee::failed(&self.process, tid, "reading registers", cause))?;
+            thread.disturbed = disturbance(tid, &thread.registers, &self.memory);
+        }
+        Ok(())
+    }
+
+    /// Detaches from all; how many run on, and how long the stop was.
+    fn let_go(&mut self) -> (usize, Duration) {
+        let threads = std::mem::take(&mut self.threads);
+        // Those that stand first: letting go of others may take a wait.
+        let (stopped, moving): (Vec<_>, Vec<_>) = threads
+            .into_iter()
+            .map(|thread| thread.tracee)
+            .partition(Tracee::is_stopped);
+        let mut dead = Vec::new();
+        let mut running = 0;
+        for tracee in stopped {
+            match tracee.detach() {
+                Ok(()) => running += 1,
+                Err(tracee) => dead.push(tracee),
+            }
+        }
+        let duration = self.since.elapsed();
+        for tracee in dead.into_iter().chain(moving) {
+            running += usize::from(tracee.release(&self.process));
+        }
+        (running, duration)
+    }
+}
+
+impl Drop for StoppedProcess {
+    fn drop(&mut self) {
+        self.let_go();
+    }
+}

@@ -1,0 +1,294 @@
+//! Stopping one thread while all others run on.
+
+use crate::borrow::Borrowed;
+use crate::error::{Error, NotBorrowable, Result};
+use crate::gadgets::Gadgets;
+use crate::options::StopOptions;
+use crate::scheduling::Placed;
+use crate::sys::proc::{Area, area_at};
+use crate::sys::ptrace;
+use crate::sys::tick::Tick;
+use crate::sys::wait::Event;
+use crate::syscalls::{Disturbed, disturbance};
+use crate::tracee::{self, Deadline, Settled, Tracee};
+use crate::{Address, Memory, Process, Registers, Tid, WriteMethod};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// Stops exactly one thread (`PTRACE_SEIZE`, `PTRACE_INTERRUPT`).
+///
+/// The thread is where the kernel left it: in user code, or in a system call
+/// that will be restarted ([`Registers::interrupted`]). Some calls do not
+/// restart but return early, see [`StoppedThread::disturbed`].
+///
+/// # Errors
+/// [`Error::ThreadGone`], [`Error::ProcessDied`] and [`Error::Executed`] if
+/// that happened first; [`Error::TracedByAnother`], [`Error::NotPermitted`];
+/// [`Error::Timeout`] if it did not stop in time. It then runs on, or is let
+/// go of as [`crate::tracer_thread`] describes.
+pub fn stop_thread(
+    process: &Process,
+    tid: impl Into<Tid>,
+    options: impl Into<StopOptions>,
+) -> Result<StoppedThread> {
+    const OPERATION: &str = "stopping the thread";
+    let (tid, options) = (tid.into(), options.into());
+    let gone = || tracee::gone(process, tid, OPERATION);
+    let memory = Memory::open(process)?;
+    let maps = process.open_at("maps", OFlag::O_RDONLY)?;
+    let tick = start_tick(process)?;
+    let placed = options.scheduling.apply(process, &[tid]);
+
+    let tracee = Tracee::seize(process, tid)?.ok_or_else(gone)?;
+    let mut stopped = StoppedThread {
+        since: Instant::now(),
+        tracee: Some(tracee),
+        registers: Registers::default(),
+        process: process.clone(),
+        memory,
+        maps,
+        options,
+        _placed: placed,
+        _tick: tick,
+    };
+    // From here on dropping `stopped` resumes the thread.
+    let Some(tracee) = &mut stopped.tracee else {
+        return Err(gone());
+    };
+    tracee.interrupt();
+    match tracee.settle(process, Deadline::after(options.deadline), OPERATION)? {
+        Settled::Stopped => {}
+        Settled::Gone => return Err(gone()),
+    }
+    stopped.registers = match ptrace::registers(tid) {
+        Ok(registers) => registers,
+        Err(Errno::ENOEXEC) => return Err(stopped.not_borrowable(NotBorrowable::Not64Bit)),
+        Err(cause) => return Err(tracee::failed(process, tid, "reading registers", cause)),
+    };
+    Ok(stopped)
+}
+
+pub(crate) fn start_tick(process: &Process) -> Result<Tick> {
+    Tick::start().map_err(|cause| Error::Setup {
+        pid: process.pid(),
+        operation: "starting the timer",
+        cause,
+    })
+}
+
+/// A stopped thread; everyone else in its process runs.
+///
+/// Bound to the OS thread that stopped it. Dropped, it runs on.
+#[derive(Debug)]
+#[must_use = "dropped, the thread runs on"]
+pub struct StoppedThread {
+    tracee: Option<Tracee>,
+    since: Instant,
+    registers: Registers,
+    process: Process,
+    memory: Memory,
+    maps: OwnedFd,
+    options: StopOptions,
+    // Put back in this order, after the thread runs.
+    _placed: Placed,
+    _tick: Tick,
+}
+
+impl StoppedThread {
+    /// The thread.
+    #[must_use]
+    pub fn tid(&self) -> Tid {
+        self.tracee
+            .as_ref()
+            .map_or(self.process.pid().leader(), |tracee| tracee.tid)
+    }
+
+    /// Its registers as it was stopped.
+    #[must_use]
+    pub fn registers(&self) -> &Registers {
+        &self.registers
+    }
+
+    /// The memory of its process.
+    #[must_use]
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// For how long it has been stopped.
+    #[must_use]
+    pub fn stopped_for(&self) -> Duration {
+        self.since.elapsed()
+    }
+
+    /// What user code will see of this stop, if anything.
+    #[must_use]
+    pub fn disturbed(&self) -> Option<Disturbed> {
+        disturbance(self.tid(), &self.registers, &self.memory)
+    }
+
+    /// Writes memory, also where the process may not and the kernel forbids
+    /// forced writes to `/proc/PID/mem`: then word by word, through this
+    /// thread. Others may see any part of it written.
+    ///
+    /// # Errors
+    /// As for [`Memory::write`], but for [`Error::ForcedWriteForbidden`].
+    pub fn write_memory(&self, address: Address, bytes: &[u8]) -> Result<()> {
+        match self.memory.write(address, bytes) {
+            Err(Error::ForcedWriteForbidden { .. }) => {
+                poke_bytes(&self.process, self.tid(), address, bytes)
+            }
+            result => result,
+        }
+    }
+
+    /// How [`StoppedThread::write_memory`] writes where the process may not.
+    #[must_use]
+    pub fn write_method(&self) -> WriteMethod {
+        self.memory.write_method()
+    }
+
+    /// Lends the thread for system calls of ours. It can heal itself before
+    /// anything of it changes.
+    ///
+    /// # Errors
+    /// [`Error::NotBorrowable`] with the reason, [`Error::GadgetGone`], or if
+    /// its state can't be read; it is resumed in any such case.
+    pub fn borrow(self, gadgets: &Gadgets) -> Result<Borrowed> {
+        Borrowed::new(self, gadgets)
+    }
+
+    /// Lets it run on. Returns for how long it was stopped: from the request
+    /// to stop to the detach.
+    ///
+    /// # Errors
+    /// [`Error::ThreadGone`] or [`Error::ProcessDied`] if it was killed
+    /// meanwhile.
+    pub fn resume(mut self) -> Result<Duration> {
+        let tid = self.tid();
+        let (runs, stopped) = self.let_go();
+        if runs {
+            Ok(stopped)
+        } else {
+            Err(tracee::gone(&self.process, tid, "resuming"))
+        }
+    }
+
+    fn let_go(&mut self) -> (bool, Duration) {
+        let runs = match self.tracee.take() {
+            Some(tracee) => tracee.release(&self.process),
+            None => true,
+        };
+        (runs, self.since.elapsed())
+    }
+
+    /// Waits for whatever it comes to next, having been resumed.
+    pub(crate) fn wait(&mut self, deadline: Deadline, operation: &'static str) -> Result<Event> {
+        let Some(tracee) = &mut self.tracee else {
+            return Ok(Event::NotOurs);
+        };
+        tracee.runs();
+        let event = tracee.wait(&self.process, deadline, operation)?;
+        tracee.stands();
+        Ok(event)
+    }
+
+    /// Waits until it is stopped again, having been resumed with a request to.
+    pub(crate) fn settle(&mut self, operation: &'static str) -> Result<Settled> {
+        let deadline = self.call_deadline();
+        match &mut self.tracee {
+            Some(tracee) => tracee.settle(&self.process, deadline, operation),
+            None => Ok(Settled::Gone),
+        }
+    }
+
+    pub(crate) fn call_deadline(&self) -> Deadline {
+        Deadline::after(self.options.call_deadline)
+    }
+
+    pub(crate) fn not_borrowable(&self, reason: NotBorrowable) -> Error {
+        Error::NotBorrowable {
+            pid: self.process.pid(),
+            tid: self.tid(),
+            reason,
+        }
+    }
+
+    pub(crate) fn failed(&self, operation: &'static str, cause: Errno) -> Error {
+        tracee::failed(&self.process, self.tid(), operation, cause)
+    }
+
+    /// The mapping that holds `address`.
+    pub(crate) fn area_at(&self, address: Address) -> Result<Option<Area>> {
+        match area_at(self.maps.as_fd(), address.0) {
+            Ok(area) => return Ok(area),
+            // Before 6.11.
+            Err(Errno::ENOTTY | Errno::EINVAL) => {}
+            Err(error) => tracing::debug!(%error, "PROCMAP_QUERY failed, reading maps instead"),
+        }
+        let mappings = self.process.mappings()?;
+        Ok(mappings
+            .iter()
+            .find(|mapping| mapping.contains(address))
+            .map(|mapping| Area {
+                start: mapping.start.0,
+                end: mapping.end.0,
+                writable: mapping.writable,
+                main_stack: mapping.path == "[stack]",
+            }))
+    }
+}
+
+impl Drop for StoppedThread {
+    fn drop(&mut self) {
+        self.let_go();
+    }
+}
+
+/// Writes through a stopped thread, one aligned word at a time.
+pub(crate) fn poke_bytes(
+    process: &Process,
+    tid: Tid,
+    address: Address,
+    bytes: &[u8],
+) -> Result<()> {
+    const WORD: u64 = 8;
+    let failed = |at: u64, cause| match cause {
+        Errno::EIO | Errno::EFAULT => Error::Memory {
+            operation: "writing",
+            pid: process.pid(),
+            address: Address(at),
+            length: bytes.len(),
+            cause,
+        },
+        _ => tracee::failed(process, tid, "writing a word", cause),
+    };
+    let mut at = address.0;
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let word_at = at & !(WORD - 1);
+        let skip = (at - word_at) as usize;
+        let (now, later) = rest.split_at(rest.len().min(WORD as usize - skip));
+        let mut word = if now.len() < WORD as usize {
+            ptrace::peek(tid, word_at)
+                .map_err(|cause| failed(word_at, cause))?
+                .to_le_bytes()
+        } else {
+            [0; 8]
+        };
+        word[skip..skip + now.len()].copy_from_slice(now);
+        ptrace::poke(tid, word_at, u64::from_le_bytes(word))
+            .map_err(|cause| failed(word_at, cause))?;
+        at += now.len() as u64;
+        rest = later;
+    }
+    Ok(())
+}

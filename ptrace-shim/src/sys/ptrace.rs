@@ -1,0 +1,330 @@
+//! `ptrace(2)`, one function per request.
+//!
+//! All of them act on a thread that the *calling OS thread* traces; any other
+//! thread is `ESRCH`, and so is one that is not stopped (all but `seize` and
+//! `interrupt`) or has died.
+
+use super::step;
+use crate::{Registers, Tid};
+use nix::errno::Errno;
+use std::mem::{MaybeUninit, size_of};
+use std::ptr::{null_mut, without_provenance_mut};
+
+const NT_PRSTATUS: usize = 1;
+const NT_X86_XSTATE: usize = 0x202;
+const NT_X86_SHSTK: usize = 0x204;
+
+const PTRACE_GETREGSET: libc::c_uint = 0x4204;
+const PTRACE_SETREGSET: libc::c_uint = 0x4205;
+const PTRACE_PEEKSIGINFO: libc::c_uint = 0x4209;
+const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
+const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;
+const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
+
+/// What a thread is seized with.
+///
+/// - TRACESYSGOOD: else a system-call stop that nobody waits for any more
+///   becomes a real SIGTRAP when the tracer dies.
+/// - TRACEEXEC: else a thread that execs before it stops would be taken for
+///   the one that was asked for, in a program that is another.
+/// - TRACEEXIT: the exit of a thread is seen at once, even a leader's that is
+///   outlived by others (whose end no wait reports).
+///
+/// EXITKILL never.
+const OPTIONS: libc::c_int =
+    libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACEEXEC | libc::PTRACE_O_TRACEEXIT;
+
+/// A request whose address and data are numbers or pointers that the caller
+/// vouches for.
+///
+/// # Safety
+/// `address` and `data` must be what `request` wants: in particular a pointer
+/// that the kernel reads or writes through must be valid for that.
+unsafe fn request(
+    request: libc::c_uint,
+    tid: Tid,
+    address: *mut libc::c_void,
+    data: *mut libc::c_void,
+) -> Result<libc::c_long, Errno> {
+    step();
+    // SAFETY: passed on to our caller.
+    Errno::result(unsafe { libc::ptrace(request, tid.as_raw(), address, data) })
+}
+
+/// A request that takes no address, and a number as its data.
+fn plain(code: libc::c_uint, tid: Tid, data: i32) -> Result<(), Errno> {
+    let data = without_provenance_mut(usize::try_from(data).unwrap_or(0));
+    // SAFETY: only called with requests whose data is a number (a signal or
+    // options), never dereferenced.
+    unsafe { request(code, tid, null_mut(), data) }.map(drop)
+}
+
+/// Attaches without stopping.
+pub(crate) fn seize(tid: Tid) -> Result<(), Errno> {
+    plain(libc::PTRACE_SEIZE, tid, OPTIONS)
+}
+
+/// Asks a seized thread to stop; in a stopped one, to stop again once resumed.
+pub(crate) fn interrupt(tid: Tid) -> Result<(), Errno> {
+    plain(libc::PTRACE_INTERRUPT, tid, 0)
+}
+
+/// Resumes, delivering `signal` (0 for none) if this is a signal-delivery-stop.
+pub(crate) fn resume(tid: Tid, signal: i32) -> Result<(), Errno> {
+    plain(libc::PTRACE_CONT, tid, signal)
+}
+
+/// Resumes until the next entry to or exit from a system call.
+pub(crate) fn resume_to_syscall(tid: Tid, signal: i32) -> Result<(), Errno> {
+    plain(libc::PTRACE_SYSCALL, tid, signal)
+}
+
+/// Lets go of a stopped thread, which runs on, or stays in its group-stop.
+pub(crate) fn detach(tid: Tid) -> Result<(), Errno> {
+    plain(libc::PTRACE_DETACH, tid, 0)
+}
+
+/// Reads the general registers.
+pub(crate) fn registers(tid: Tid) -> Result<Registers, Errno> {
+    let mut registers = Registers::default();
+    let mut vector = libc::iovec {
+        iov_base: (&raw mut registers).cast(),
+        iov_len: size_of::<Registers>(),
+    };
+    // SAFETY: the vector describes exactly `registers`, which is plain data of
+    // the kernel's layout (asserted where it is defined) and outlives the call.
+    unsafe {
+        request(
+            PTRACE_GETREGSET,
+            tid,
+            without_provenance_mut(NT_PRSTATUS),
+            (&raw mut vector).cast(),
+        )
+    }?;
+    // A 32-bit thread fills in its own, shorter layout.
+    if vector.iov_len == size_of::<Registers>() {
+        Ok(registers)
+    } else {
+        Err(Errno::ENOEXEC)
+    }
+}
+
+/// Writes the general registers.
+pub(crate) fn set_registers(tid: Tid, registers: &Registers) -> Result<(), Errno> {
+    let mut registers = *registers;
+    let mut vector = libc::iovec {
+        iov_base: (&raw mut registers).cast(),
+        iov_len: size_of::<Registers>(),
+    };
+    // SAFETY: as for `registers`; the kernel only reads.
+    unsafe {
+        request(
+            PTRACE_SETREGSET,
+            tid,
+            without_provenance_mut(NT_PRSTATUS),
+            (&raw mut vector).cast(),
+        )
+    }
+    .map(drop)
+}
+
+/// Reads the extended state, in the layout of XSAVE's standard format, into
+/// `buffer`; returns how many bytes that were.
+pub(crate) fn extended_state(tid: Tid, buffer: &mut [u8]) -> Result<usize, Errno> {
+    let mut vector = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // SAFETY: the vector describes exactly `buffer`.
+    unsafe {
+        request(
+            PTRACE_GETREGSET,
+            tid,
+            without_provenance_mut(NT_X86_XSTATE),
+            (&raw mut vector).cast(),
+        )
+    }?;
+    Ok(vector.iov_len)
+}
+
+/// Whether the thread has an active shadow stack.
+pub(crate) fn has_shadow_stack(tid: Tid) -> bool {
+    let mut pointer = 0u64;
+    let mut vector = libc::iovec {
+        iov_base: (&raw mut pointer).cast(),
+        iov_len: size_of::<u64>(),
+    };
+    // SAFETY: the vector describes exactly `pointer`. Without a shadow stack
+    // (or in a kernel without them) this fails with ENODEV or EINVAL.
+    unsafe {
+        request(
+            PTRACE_GETREGSET,
+            tid,
+            without_provenance_mut(NT_X86_SHSTK),
+            (&raw mut vector).cast(),
+        )
+    }
+    .is_ok()
+}
+
+/// The signal mask that user code has (bit n - 1 for signal n), even where the
+/// kernel has put in another for the duration of a call such as `ppoll`.
+pub(crate) fn signal_mask(tid: Tid) -> Result<u64, Errno> {
+    let mut mask = 0u64;
+    // SAFETY: address is the size of the kernel's mask, data points to as much.
+    unsafe {
+        request(
+            PTRACE_GETSIGMASK,
+            tid,
+            without_provenance_mut(size_of::<u64>()),
+            (&raw mut mask).cast(),
+        )
+    }?;
+    Ok(mask)
+}
+
+/// Sets the signal mask; what was pending and is now allowed is delivered when
+/// the thread resumes.
+pub(crate) fn set_signal_mask(tid: Tid, mut mask: u64) -> Result<(), Errno> {
+    // SAFETY: as for `signal_mask`; the kernel only reads.
+    unsafe {
+        request(
+            PTRACE_SETSIGMASK,
+            tid,
+            without_provenance_mut(size_of::<u64>()),
+            (&raw mut mask).cast(),
+        )
+    }
+    .map(drop)
+}
+
+/// Where a thread's `struct rseq` lies; `None` if it has not registered one,
+/// or the kernel (before 5.13) can't tell.
+pub(crate) fn rseq_address(tid: Tid) -> Result<Option<u64>, Errno> {
+    /// `struct ptrace_rseq_configuration`
+    #[repr(C)]
+    #[derive(Default)]
+    struct Configuration {
+        address: u64,
+        size: u32,
+        signature: u32,
+        flags: u32,
+        pad: u32,
+    }
+    let mut configuration = Configuration::default();
+    // SAFETY: address is the size of the structure that data points to.
+    let result = unsafe {
+        request(
+            PTRACE_GET_RSEQ_CONFIGURATION,
+            tid,
+            without_provenance_mut(size_of::<Configuration>()),
+            (&raw mut configuration).cast(),
+        )
+    };
+    match result {
+        Ok(_) => Ok((configuration.address != 0).then_some(configuration.address)),
+        Err(Errno::EIO | Errno::EINVAL) => Ok(None),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Reads the aligned word at `address`.
+pub(crate) fn peek(tid: Tid, address: u64) -> Result<u64, Errno> {
+    // The C library's wrapper returns the word as its result: only errno tells
+    // a word of all ones from a failure.
+    Errno::clear();
+    step();
+    // SAFETY: the address is one in the traced process, not in ours.
+    let word = unsafe {
+        libc::ptrace(
+            libc::PTRACE_PEEKDATA,
+            tid.as_raw(),
+            without_provenance_mut::<libc::c_void>(address as usize),
+            null_mut::<libc::c_void>(),
+        )
+    };
+    match Errno::last() {
+        errno if word == -1 && errno != Errno::from_raw(0) => Err(errno),
+        _ => Ok(word.cast_unsigned()),
+    }
+}
+
+/// Writes the aligned word at `address`, whatever its page's protection.
+pub(crate) fn poke(tid: Tid, address: u64, word: u64) -> Result<(), Errno> {
+    // SAFETY: the address is one in the traced process, and data is the word.
+    unsafe {
+        request(
+            libc::PTRACE_POKEDATA,
+            tid,
+            without_provenance_mut(address as usize),
+            without_provenance_mut(word as usize),
+        )
+    }
+    .map(drop)
+}
+
+/// What is known of a signal: its number, and `si_code`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Signal {
+    pub(crate) number: i32,
+    pub(crate) code: i32,
+}
+
+/// The signal of a signal-delivery-stop.
+pub(crate) fn signal(tid: Tid) -> Result<Signal, Errno> {
+    let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
+    // SAFETY: data points to a siginfo_t.
+    unsafe {
+        request(
+            libc::PTRACE_GETSIGINFO,
+            tid,
+            null_mut(),
+            info.as_mut_ptr().cast(),
+        )
+    }?;
+    // SAFETY: zeroed is a valid value of this plain structure.
+    let info = unsafe { info.assume_init() };
+    Ok(Signal {
+        number: info.si_signo,
+        code: info.si_code,
+    })
+}
+
+/// The signals pending for this thread alone, at most 32.
+pub(crate) fn pending(tid: Tid) -> Result<Vec<Signal>, Errno> {
+    const MOST: usize = 32;
+    /// `struct ptrace_peeksiginfo_args`
+    #[repr(C)]
+    struct Arguments {
+        offset: u64,
+        flags: u32,
+        count: i32,
+    }
+    let mut arguments = Arguments {
+        offset: 0,
+        flags: 0,
+        count: MOST as i32,
+    };
+    let mut infos = [const { MaybeUninit::<libc::siginfo_t>::zeroed() }; MOST];
+    // SAFETY: address points to the arguments, data to `count` structures.
+    let count = unsafe {
+        request(
+            PTRACE_PEEKSIGINFO,
+            tid,
+            (&raw mut arguments).cast(),
+            infos.as_mut_ptr().cast(),
+        )
+    }?;
+    Ok(infos
+        .iter()
+        .take(usize::try_from(count).unwrap_or(0))
+        .map(|info| {
+            // SAFETY: zeroed is a valid value, and the kernel filled it in.
+            let info = unsafe { info.assume_init_ref() };
+            Signal {
+                number: info.si_signo,
+                code: info.si_code,
+            }
+        })
+        .collect())
+}

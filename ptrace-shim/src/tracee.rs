@@ -1,0 +1,340 @@
+//! One seized thread: from running to stopped and back.
+//!
+//! ```text
+//!   seize ──> Seized ──interrupt──> (on its way) ──settle──> stopped ──release──> free
+//!                                        │                      │
+//!                                        └── gone: it exited or was killed, and is buried
+//! ```
+//!
+//! *Stopped* is always one kind of stop, a `PTRACE_EVENT_STOP` (of a trap or
+//! of a group-stop): there the kernel has delivered what it was about to
+//! deliver, an interrupted call's restart is still ahead of it, and detaching
+//! leaves the rest to it. A thread that comes with a signal instead is sent on
+//! with that signal and a new request to stop, which it meets before it runs an
+//! instruction.
+//!
+//! A running tracee can't be detached from. One that does not stop in time (an
+//! uninterruptible wait) is *left over*: in a [`crate::tracer_thread`] the
+//! kernel detaches it cleanly when that OS thread ends; elsewhere we wait for
+//! it some seconds more.
+
+use crate::error::{Error, Result};
+use crate::process::Process;
+use crate::sys::ptrace;
+use crate::sys::wait::{self, Event, Patience};
+use crate::{Pid, Tid};
+use nix::errno::Errno;
+use std::time::{Duration, Instant};
+
+/// How long a thread that did not stop in time is waited for, where the end of
+/// the OS thread will not free it.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// When to give up, and what the limit was.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Deadline {
+    at: Instant,
+    pub(crate) limit: Duration,
+}
+
+impl Deadline {
+    pub(crate) fn after(limit: Duration) -> Deadline {
+        let now = Instant::now();
+        Deadline {
+            at: now
+                .checked_add(limit)
+                .unwrap_or(now + Duration::from_secs(86_400)),
+            limit,
+        }
+    }
+
+    pub(crate) fn has_passed(&self) -> bool {
+        Instant::now() >= self.at
+    }
+}
+
+/// What became of a thread that was asked to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Settled {
+    /// It is stopped.
+    Stopped,
+    /// It has exited, or is no longer ours.
+    Gone,
+}
+
+/// A thread that this OS thread has seized. Must be released; does nothing by
+/// itself when dropped.
+#[derive(Debug)]
+pub(crate) struct Tracee {
+    pub(crate) tid: Tid,
+    stopped: bool,
+}
+
+impl Tracee {
+    /// Seizes a thread without stopping it; `Ok(None)` if it is gone.
+    pub(crate) fn seize(process: &Process, tid: Tid) -> Result<Option<Tracee>> {
+        match ptrace::seize(tid) {
+            Ok(()) => {
+                let tracee = Tracee {
+                    tid,
+                    stopped: false,
+                };
+                // The number may have become another process's thread.
+                if process.stat(tid).is_err() {
+                    tracee.release(process);
+                    return Ok(None);
+                }
+                Ok(Some(tracee))
+            }
+            Err(Errno::ESRCH) => Ok(None),
+            Err(Errno::EPERM) => refusal(process, tid).map_or(Ok(None), Err),
+            Err(cause) => Err(failed(process, tid, "seizing", cause)),
+        }
+    }
+
+    /// Asks it to stop.
+    pub(crate) fn interrupt(&self) {
+        // Fails only if it is gone, which the wait will tell.
+        let _ = ptrace::interrupt(self.tid);
+    }
+
+    /// Waits until it is stopped, passing on what it is stopped for meanwhile.
+    pub(crate) fn settle(
+        &mut self,
+        process: &Process,
+        deadline: Deadline,
+        operation: &'static str,
+    ) -> Result<Settled> {
+        self.stopped = false;
+        loop {
+            match self.wait(process, deadline, operation)? {
+                Event::Trap | Event::GroupStop => {
+                    self.stopped = true;
+                    return Ok(Settled::Stopped);
+                }
+                Event::Signal(signal) => {
+                    self.interrupt();
+                    self.go_on(ptrace::resume(self.tid, signal));
+                }
+                Event::Syscall => {
+                    self.interrupt();
+                    self.go_on(ptrace::resume(self.tid, 0));
+                }
+                Event::Exec => {
+                    self.stopped = true;
+                    return Err(Error::Executed {
+                        pid: process.pid(),
+                        operation,
+                    });
+                }
+                Event::Exit => {
+                    // On its way out: nobody's to hold up.
+                    self.stopped = true;
+                    return Ok(Settled::Gone);
+                }
+                Event::Dead | Event::NotOurs => return Ok(Settled::Gone),
+            }
+        }
+    }
+
+    /// Waits for whatever it comes to next.
+    pub(crate) fn wait(
+        &self,
+        process: &Process,
+        deadline: Deadline,
+        operation: &'static str,
+    ) -> Result<Event> {
+        loop {
+            match wait::look(self.tid, Patience::Block) {
+                Ok(Some(event)) => return Ok(event),
+                // A tick, or another signal of the agent's.
+                Ok(None) => {}
+                Err(cause) => return Err(failed(process, self.tid, operation, cause)),
+            }
+            // A leader that others outlive, or that waits for traced threads'
+            // burial, is never reported dead.
+            let state = process.state(self.tid);
+            if matches!(state, 'Z' | 'X' | 'x') {
+                return Ok(wait::look(self.tid, Patience::Poll)
+                    .ok()
+                    .flatten()
+                    .unwrap_or(Event::Dead));
+            }
+            if deadline.has_passed() {
+                return Err(Error::Timeout {
+                    pid: process.pid(),
+                    tid: self.tid,
+                    state,
+                    operation,
+                    limit: deadline.limit,
+                });
+            }
+        }
+    }
+
+    /// What it has come to by now, without waiting.
+    pub(crate) fn now(&self) -> Option<Event> {
+        wait::look(self.tid, Patience::Poll).ok().flatten()
+    }
+
+    /// Notes that it runs again, from a request that can only fail because it
+    /// was killed.
+    fn go_on(&mut self, _resumed: Result<(), Errno>) {
+        self.stopped = false;
+    }
+
+    /// Marks it as running, for those who resume it by themselves.
+    pub(crate) fn runs(&mut self) {
+        self.stopped = false;
+    }
+
+    /// Marks it as stopped, for those who wait for it by themselves.
+    pub(crate) fn stands(&mut self) {
+        self.stopped = true;
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped
+    }
+
+    /// Lets go of it, if that takes no wait; else it is handed back.
+    pub(crate) fn detach(self) -> Result<(), Tracee> {
+        ptrace::detach(self.tid).map_err(|_| self)
+    }
+
+    /// Lets go of it, whatever it is doing: stopped threads run on (or stay in
+    /// their group-stop), running ones are stopped first, dead ones buried.
+    /// Returns false if it is or was dead.
+    pub(crate) fn release(self, process: &Process) -> bool {
+        if self.stopped {
+            match ptrace::detach(self.tid) {
+                Ok(()) => return true,
+                Err(Errno::ESRCH) => {
+                    bury(process, self.tid);
+                    return false;
+                }
+                Err(error) => tracing::error!(tid = %self.tid, %error, "detaching failed"),
+            }
+        }
+        self.release_running(process)
+    }
+
+    /// The slow way of letting go, for one that is not known to be stopped.
+    fn release_running(mut self, process: &Process) -> bool {
+        let limit = if crate::tracer_thread::is_current() {
+            Duration::ZERO
+        } else {
+            GRACE
+        };
+        self.interrupt();
+        // A failed exec-check is no matter here: it is let go of in any case.
+        match self.settle(process, Deadline::after(limit), "letting go") {
+            Ok(Settled::Stopped) | Err(Error::Executed { .. }) => {
+                if ptrace::detach(self.tid).is_ok() {
+                    return true;
+                }
+                bury(process, self.tid);
+                false
+            }
+            Ok(Settled::Gone) => {
+                if !(self.stopped && ptrace::detach(self.tid).is_ok()) {
+                    bury(process, self.tid);
+                }
+                false
+            }
+            Err(error) => {
+                if crate::tracer_thread::is_current() {
+                    tracing::warn!(tid = %self.tid, %error, "left over to the end of this OS thread");
+                } else {
+                    tracing::error!(tid = %self.tid, %error, "stays traced until this OS thread ends");
+                }
+                true
+            }
+        }
+    }
+}
+
+/// Reaps a dead thread, so that its own parent hears of it.
+///
+/// A dead child of ours that leads its process is left to whoever started it:
+/// our reaping would take its exit status away.
+pub(crate) fn bury(process: &Process, tid: Tid) {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    const STEP: Duration = Duration::from_micros(50);
+    let us = Pid::from_raw(std::process::id().cast_signed());
+    let deadline = Deadline::after(PATIENCE);
+    loop {
+        let stat = process.stat(tid).ok();
+        let leader = tid == process.pid().leader();
+        if leader && stat.is_some_and(|stat| stat.parent == us) {
+            return;
+        }
+        if wait::bury(tid) {
+            return;
+        }
+        if deadline.has_passed() {
+            // A leader that pthread_exit()s in the instant between our SEIZE
+            // and our INTERRUPT; or a death that takes its time.
+            tracing::warn!(%tid, "a dead thread stays traced until this OS thread ends");
+            return;
+        }
+        std::thread::sleep(STEP);
+    }
+}
+
+/// Tells why a thread could not be seized; `None` if it is a dead one.
+fn refusal(process: &Process, tid: Tid) -> Option<Error> {
+    let pid = process.pid();
+    match process.tracer_of_thread(tid) {
+        Ok(Some((tracer, comm))) => {
+            return Some(Error::TracedByAnother {
+                pid,
+                tid,
+                tracer,
+                comm,
+            });
+        }
+        Ok(None) if !matches!(process.state(tid), 'Z' | 'X' | 'x') => {}
+        _ => return None,
+    }
+    Some(Error::NotPermitted {
+        pid,
+        tid,
+        yama_scope: yama_scope(),
+    })
+}
+
+/// `kernel.yama.ptrace_scope`, if it restricts anything.
+pub(crate) fn yama_scope() -> Option<u8> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").ok()?;
+    text.trim().parse().ok().filter(|&scope| scope > 0)
+}
+
+/// An unexpected failure of a request, or the thread's end.
+pub(crate) fn failed(process: &Process, tid: Tid, operation: &'static str, cause: Errno) -> Error {
+    let pid = process.pid();
+    if cause != Errno::ESRCH {
+        return Error::Request {
+            operation,
+            pid,
+            tid,
+            cause,
+        };
+    }
+    gone(process, tid, operation)
+}
+
+/// The error for a thread that is no more.
+pub(crate) fn gone(process: &Process, tid: Tid, operation: &'static str) -> Error {
+    let pid = process.pid();
+    // A process that was killed takes a moment to be seen as dead: its leader
+    // is the last to become a zombie. A killed leader alone means the same.
+    if !process.is_alive() || tid == pid.leader() && matches!(process.state(tid), 'Z' | 'X' | 'x') {
+        return Error::ProcessDied { pid, operation };
+    }
+    Error::ThreadGone {
+        pid,
+        tid,
+        operation,
+    }
+}

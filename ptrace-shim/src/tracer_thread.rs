@@ -1,0 +1,51 @@
+//! An OS thread to trace from, whose end undoes what could not be undone.
+//!
+//! ptrace ties a traced thread to the OS thread that attached. When that ends,
+//! the kernel detaches all of its tracees at once and cleanly, running ones
+//! too, which no request can do. So the safest place to stop others from is an
+//! OS thread of its own, and it costs some 30 µs, before anyone is stopped.
+
+use crate::error::{Error, Result};
+use std::cell::Cell;
+
+thread_local! {
+    static CURRENT: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `work` in an OS thread of its own and returns what it returned.
+///
+/// A thread of the process that does not reach a stop in time (it sits in an
+/// uninterruptible wait, as in `vfork`) is let go of when the OS thread ends:
+/// so return soon after an [`Error::Timeout`]. Outside of such a thread the
+/// failing operation itself waits up to 5 s more for it.
+///
+/// A panic in `work` goes on in the caller.
+///
+/// # Errors
+/// Those of `work`; [`Error::Setup`] if no thread can be started.
+pub fn tracer_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new()
+            .name("nightgraft-stop".to_owned())
+            .spawn_scoped(scope, || {
+                CURRENT.set(true);
+                work()
+            })
+            .map_err(|error| Error::Setup {
+                pid: crate::Pid::from_raw(0),
+                operation: "starting a thread",
+                cause: error
+                    .raw_os_error()
+                    .map_or(nix::errno::Errno::EAGAIN, nix::errno::Errno::from_raw),
+            })?;
+        match thread.join() {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
+/// Whether the calling OS thread is one of these.
+pub(crate) fn is_current() -> bool {
+    CURRENT.get()
+}
