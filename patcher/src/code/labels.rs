@@ -10,7 +10,7 @@
 //! - code addresses that are taken, by `lea` or by a relocation;
 //! - symbols, and starts of functions.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
@@ -20,7 +20,7 @@ use super::image::{Image, Stored};
 use super::lsda::{Pad, landing_pads};
 
 /// Most entries that one jump table is believed to have.
-const MAX_TABLE: u64 = 1 << 14;
+const MAX_TABLE: usize = 1 << 14;
 /// Most jump table entries that are read in all.
 const MAX_ENTRIES: usize = 1 << 24;
 
@@ -43,7 +43,10 @@ pub(super) struct Labels {
     pub(super) indirect: Vec<u64>,
     /// Out-of-line retpoline thunks: where, and the register they go to.
     pub(super) thunks: HashMap<u64, Register>,
-    bases: HashSet<u64>,
+    /// What `lea` takes the address of, outside of code: tables among it.
+    bases: BTreeSet<u64>,
+    /// Where instructions begin, a bit per byte of each executable range.
+    starts: Vec<(u64, Vec<u64>)>,
 }
 
 /// Collects the labels. The extents come back with the ranges between
@@ -53,6 +56,10 @@ pub(super) fn collect(
     extents: Vec<Extent>,
 ) -> Result<(Vec<Extent>, Labels), CodeError> {
     let mut labels = Labels::default();
+    for &(start, end) in image.code() {
+        let words = (end - start).div_ceil(64) as usize;
+        labels.starts.push((start, vec![0; words]));
+    }
     for extent in &extents {
         labels.sweep(image, extent);
     }
@@ -122,8 +129,30 @@ impl Labels {
                 }
                 continue;
             }
+            self.mark_start(instruction.ip());
             self.look_at(image, extent, &instruction);
         }
+    }
+
+    fn bit(&self, at: u64) -> Option<(usize, usize, u32)> {
+        let range = self.starts.partition_point(|s| s.0 <= at).checked_sub(1)?;
+        let offset = at - self.starts[range].0;
+        Some((range, (offset / 64) as usize, (offset % 64) as u32))
+    }
+
+    fn mark_start(&mut self, at: u64) {
+        if let Some((range, word, bit)) = self.bit(at)
+            && let Some(word) = self.starts[range].1.get_mut(word)
+        {
+            *word |= 1 << bit;
+        }
+    }
+
+    fn is_start(&self, at: u64) -> bool {
+        self.bit(at).is_some_and(|(range, word, bit)| {
+            let word = self.starts[range].1.get(word);
+            word.is_some_and(|word| word >> bit & 1 == 1)
+        })
     }
 
     fn look_at(&mut self, image: &Image, extent: &Extent, instruction: &Instruction) {
@@ -175,13 +204,17 @@ impl Labels {
 
     fn read_tables(&mut self, image: &Image) -> Result<(), CodeError> {
         let mut read = 0_usize;
-        for base in std::mem::take(&mut self.bases) {
+        let bases: Vec<u64> = std::mem::take(&mut self.bases).into_iter().collect();
+        for (index, &base) in bases.iter().enumerate() {
+            // A table ends where its entries stop leading to instructions,
+            // and where something else begins.
+            let end = bases.get(index + 1).copied().unwrap_or(u64::MAX);
             let mut targets = Vec::new();
             let mut at = base;
-            for _ in 0..MAX_TABLE {
+            while at < end && targets.len() < MAX_TABLE {
                 let Some(entry) = image.u32_at(at) else { break };
                 let to = base.wrapping_add_signed(i64::from(entry as i32));
-                if !image.is_code(to) {
+                if !self.is_start(to) {
                     break;
                 }
                 targets.push(to);

@@ -116,7 +116,8 @@ impl<'a> Code<'a> {
 
     fn summarise(&self, to: u64, depth: u32) -> Option<u16> {
         let extent = &self.extents[index_of(self.extents, to)?];
-        if extent.start != to || extent.end - to > MAX_SUMMARY || depth == 4 {
+        let thunk = self.labels.thunks.contains_key(&to);
+        if thunk || extent.start != to || extent.end - to > MAX_SUMMARY || depth == 4 {
             return None;
         }
         let mut info = InstructionInfoFactory::new();

@@ -447,7 +447,9 @@ impl<'a> Machine<'a> {
         let to = (i.op0_kind() == OpKind::Register)
             .then(|| xmm(i.op0_register()))
             .flatten();
-        let last = i.op_count() - 1;
+        let Some(last) = i.op_count().checked_sub(1) else {
+            return false;
+        };
         let from = (i.op_kind(last) == OpKind::Register)
             .then(|| xmm(i.op_register(last)))
             .flatten();
