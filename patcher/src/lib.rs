@@ -12,6 +12,7 @@
 //!                          └─► Refused { code, reason, lift }
 //! ```
 
+pub mod apply;
 pub mod code;
 pub mod effects;
 pub mod elf;
@@ -20,6 +21,9 @@ pub mod manifest;
 pub mod plan;
 pub mod refused;
 pub mod report;
+pub mod room;
+pub mod session;
 pub mod snapshot;
+pub mod status;
 
 pub use refused::Refused;

@@ -18,6 +18,8 @@ pub(super) struct Extent {
     /// Known to be a function or part of one, by unwind information or a
     /// symbol; the rest lies between functions.
     pub(super) function: bool,
+    /// Only known to begin a function because something leads here.
+    pub(super) guessed: bool,
 }
 
 /// Extents by start, ascending and disjoint, which together cover all code.
@@ -40,6 +42,7 @@ pub(super) fn extents(image: &Image) -> Result<Vec<Extent>, CodeError> {
                 end: s.at.checked_add(s.size)?.min(limit),
                 lsda: None,
                 function: true,
+                guessed: false,
             })
         })
         .filter(|s| {
@@ -90,6 +93,7 @@ fn gap(start: u64, end: u64) -> Extent {
         end,
         lsda: None,
         function: false,
+        guessed: false,
     }
 }
 
@@ -110,6 +114,7 @@ pub(super) fn split_gaps(extents: Vec<Extent>, starts: &[u64]) -> Vec<Extent> {
             if at < start {
                 all.push(Extent {
                     function,
+                    guessed: function,
                     ..gap(at, start)
                 });
             }
@@ -118,6 +123,7 @@ pub(super) fn split_gaps(extents: Vec<Extent>, starts: &[u64]) -> Vec<Extent> {
         }
         all.push(Extent {
             function,
+            guessed: function,
             ..gap(at, extent.end)
         });
     }
@@ -167,6 +173,7 @@ fn from_unwind_information(image: &Image) -> Result<Vec<Extent>, CodeError> {
             end: start.saturating_add(frame.len()),
             lsda,
             function: true,
+            guessed: false,
         });
     }
     Ok(found)

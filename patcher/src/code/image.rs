@@ -4,6 +4,8 @@
 //! loadable object has. Section headers, where they are, only sharpen the
 //! view: they tell code from data within a segment, and hold `.symtab`.
 
+use std::collections::HashSet;
+
 use object::LittleEndian as LE;
 use object::elf;
 use object::pod::slice_from_bytes;
@@ -56,6 +58,8 @@ pub(super) struct Image {
     /// By place, ascending.
     stored: Vec<(u64, Stored)>,
     pub(super) symbols: Vec<Symbol>,
+    /// Places that hold the address of an import that does not return.
+    noreturn: HashSet<u64>,
     eh_frame: Option<(u64, u64)>,
 }
 
@@ -90,6 +94,7 @@ impl Image {
             relro: (0, 0),
             stored: Vec::new(),
             symbols: Vec::new(),
+            noreturn: HashSet::new(),
             eh_frame: None,
         };
         let mut dynamic = None;
@@ -255,7 +260,8 @@ impl Image {
         if let Some((at, size)) = relr {
             self.read_relr(at, size, &mut stored)?;
         }
-        let symbols = self.dynamic_symbols(symtab, strtab, hash, gnu_hash, last_symbol);
+        let (symbols, endless) =
+            self.dynamic_symbols(symtab, strtab, hash, gnu_hash, last_symbol);
         for (place, kind, symbol, addend) in relocations {
             let defined = symbols.get(symbol as usize).copied().flatten();
             let what = match elf::RelocationType(kind) {
@@ -263,7 +269,12 @@ impl Image {
                 elf::R_X86_64_GLOB_DAT | elf::R_X86_64_JUMP_SLOT | elf::R_X86_64_64 => {
                     match defined {
                         Some(value) => Stored::Address(value.wrapping_add_signed(addend)),
-                        None => Stored::Import,
+                        None => {
+                            if endless.contains(&symbol) {
+                                self.noreturn.insert(place);
+                            }
+                            Stored::Import
+                        }
                     }
                 }
                 _ => Stored::Other,
@@ -314,8 +325,8 @@ impl Image {
         Ok(())
     }
 
-    /// Values of the dynamic symbols that this object defines, by index;
-    /// function-like ones are added to `symbols`.
+    /// Values of the dynamic symbols that this object defines, by index, and
+    /// the imports that do not return. Functions are added to `symbols`.
     fn dynamic_symbols(
         &mut self,
         symtab: Option<u64>,
@@ -323,9 +334,10 @@ impl Image {
         hash: Option<u64>,
         gnu_hash: Option<u64>,
         last_used: u32,
-    ) -> Vec<Option<u64>> {
+    ) -> (Vec<Option<u64>>, HashSet<u32>) {
+        let mut endless = HashSet::new();
         let (Some(symtab), Some(strtab)) = (symtab, strtab) else {
-            return Vec::new();
+            return (Vec::new(), endless);
         };
         // The dynamic section does not say how many there are; hash tables do.
         let count = hash
@@ -352,10 +364,14 @@ impl Image {
             let resolver = entry.st_type() == elf::STT_GNU_IFUNC;
             let tls = entry.st_type() == elf::STT_TLS;
             values.push((defined && !resolver && !tls).then_some(value));
+            let name = strtab
+                .checked_add(entry.st_name.get(LE).into())
+                .and_then(|at| self.c_string(at, 4096));
+            if !defined && name.is_some_and(never_returns) {
+                endless.insert(index as u32);
+            }
             if function_symbol(entry)
-                && let Some(name) = strtab
-                    .checked_add(entry.st_name.get(LE).into())
-                    .and_then(|at| self.c_string(at, 4096))
+                && let Some(name) = name
             {
                 let symbol = Symbol {
                     name: String::from_utf8_lossy(name).into_owned(),
@@ -366,7 +382,7 @@ impl Image {
                 self.symbols.push(symbol);
             }
         }
-        values
+        (values, endless)
     }
 
     /// One more than the highest symbol index in a GNU hash table.
@@ -500,6 +516,11 @@ impl Image {
         &self.stored
     }
 
+    /// Whether the pointer at `at` is to an import that does not return.
+    pub(super) fn is_noreturn(&self, at: u64) -> bool {
+        self.noreturn.contains(&at)
+    }
+
     /// The constant name at `at`: NUL-terminated and printable.
     pub(super) fn name_at(&self, at: u64) -> Option<&str> {
         if !self.is_constant(at) {
@@ -514,6 +535,39 @@ impl Image {
     pub(super) fn eh_frame(&self) -> Option<(u64, u64)> {
         self.eh_frame
     }
+}
+
+/// Functions of the C and C++ runtimes that do not return. Compilers put
+/// nothing behind their calls, so what follows there belongs to another path.
+fn never_returns(name: &[u8]) -> bool {
+    const NAMES: [&str; 24] = [
+        "__stack_chk_fail",
+        "__chk_fail",
+        "__fortify_fail",
+        "__assert_fail",
+        "__assert_perror_fail",
+        "__assert",
+        "abort",
+        "exit",
+        "_exit",
+        "_Exit",
+        "quick_exit",
+        "pthread_exit",
+        "longjmp",
+        "siglongjmp",
+        "_longjmp",
+        "__longjmp_chk",
+        "_Unwind_Resume",
+        "__cxa_throw",
+        "__cxa_rethrow",
+        "__cxa_bad_cast",
+        "__cxa_bad_typeid",
+        "__cxa_throw_bad_array_new_length",
+        "__cxa_pure_virtual",
+        "_ZSt9terminatev",
+    ];
+    let std_throw = name.starts_with(b"_ZSt") && name.windows(8).any(|w| w == b"__throw_");
+    std_throw || NAMES.iter().any(|n| n.as_bytes() == name)
 }
 
 fn function_symbol(symbol: &elf::Sym64<LE>) -> bool {

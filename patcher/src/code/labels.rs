@@ -78,7 +78,7 @@ pub(super) fn collect(
     labels.settle(image);
     let extents = split_gaps(extents, &labels.functions);
     // The split may have moved the decoder's feet: sweep those parts again.
-    for extent in extents.iter().filter(|e| e.lsda.is_none()) {
+    for extent in extents.iter().filter(|e| e.guessed) {
         labels.sweep(image, extent);
     }
     labels.read_tables(image)?;

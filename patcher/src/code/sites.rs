@@ -146,7 +146,8 @@ impl<'a> Search<'_, 'a> {
         let mut followed = HashSet::new();
         let mut all = Vec::new();
         for root in named.into_iter().chain(parts) {
-            if followed.contains(&extents[root].start) {
+            let start = extents[root].start;
+            if followed.contains(&start) && !code.labels.is_function(start) {
                 continue;
             }
             let (found, parts) = run(code, root);

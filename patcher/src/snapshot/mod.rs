@@ -166,6 +166,32 @@ pub struct Map {
     pub name: String,
 }
 
+impl Map {
+    /// All mappings of a process, ascending, and its start time in clock ticks
+    /// since boot.
+    ///
+    /// # Errors
+    /// The process is gone or may not be read.
+    pub fn all(pid: i32) -> Result<(u64, Vec<Map>), SnapshotError> {
+        let gone_or = gone_or(pid);
+        let process = procfs::process::Process::new(pid).map_err(&gone_or)?;
+        let start_time = process.stat().map_err(&gone_or)?.starttime;
+        Ok((start_time, process.maps().map_err(&gone_or)?.into_iter().map(map).collect()))
+    }
+}
+
+fn gone_or(pid: i32) -> impl Fn(procfs::ProcError) -> SnapshotError {
+    move |e| match e {
+        procfs::ProcError::NotFound(_) => SnapshotError::Gone { pid },
+        procfs::ProcError::PermissionDenied(path) => SnapshotError::Read {
+            pid,
+            what: path.map_or("/proc".into(), |p| p.display().to_string()),
+            source: std::io::ErrorKind::PermissionDenied.into(),
+        },
+        e => SnapshotError::Read { pid, what: "/proc".into(), source: std::io::Error::other(e) },
+    }
+}
+
 /// A library (or the executable) that a worker has loaded.
 #[derive(Debug, Clone)]
 pub struct Module {
@@ -218,22 +244,18 @@ impl Worker {
     /// # Errors
     /// Says what could not be read or makes no sense.
     pub fn read(pid: i32, library: &Path) -> Result<Worker, SnapshotError> {
-        let gone_or = |e: procfs::ProcError| match e {
-            procfs::ProcError::NotFound(_) => SnapshotError::Gone { pid },
-            e => SnapshotError::Read { pid, what: "/proc".into(), source: std::io::Error::other(e) },
-        };
-        let process = procfs::process::Process::new(pid).map_err(gone_or)?;
-        let start_time = process.stat().map_err(gone_or)?.starttime;
+        let gone_or = gone_or(pid);
+        let process = procfs::process::Process::new(pid).map_err(&gone_or)?;
         let memory = ProcMemory::open(pid)?;
-        let maps: Vec<Map> = process.maps().map_err(gone_or)?.into_iter().map(map).collect();
-        let auxv = process.auxv().map_err(gone_or)?;
-        let limits = process.limits().map_err(gone_or)?;
+        let (start_time, maps) = Map::all(pid)?;
+        let auxv = process.auxv().map_err(&gone_or)?;
+        let limits = process.limits().map_err(&gone_or)?;
         let stack_limit = match limits.max_stack_size.soft_limit {
             procfs::process::LimitValue::Value(bytes) => bytes,
             procfs::process::LimitValue::Unlimited => u64::MAX,
         };
 
-        let executable_path = process.exe().map_err(gone_or)?.to_string_lossy().into_owned();
+        let executable_path = process.exe().map_err(&gone_or)?.to_string_lossy().into_owned();
         let executable = parse(&executable_path, rootfs::read_executable(pid)?)?;
         let entry = auxv.get(&AT_ENTRY).copied().unwrap_or(executable.entry);
         let bias = entry.wrapping_sub(executable.entry);

@@ -41,8 +41,22 @@ pub(super) struct Code<'a> {
     pub(super) image: &'a Image,
     pub(super) extents: &'a [Extent],
     pub(super) labels: &'a Labels,
-    summaries: RefCell<HashMap<u64, u16>>,
+    summaries: RefCell<HashMap<u64, Summary>>,
 }
+
+/// What a call of a function of the library does to its caller.
+#[derive(Debug, Clone, Copy)]
+struct Summary {
+    /// Caller-saved registers that it may clobber, a bit each by encoding.
+    clobbers: u16,
+    returns: bool,
+}
+
+/// What any function may do.
+const ANYTHING: Summary = Summary {
+    clobbers: CALLER_SAVED,
+    returns: true,
+};
 
 /// One run over one function.
 struct Run<'c, 'a> {
@@ -102,50 +116,94 @@ impl<'a> Code<'a> {
         Some(run.followed)
     }
 
-    /// The registers (a bit each) that a call of `to` may clobber. Within a
-    /// library compilers know and use which ones it does not.
-    fn clobbers(&self, to: u64, depth: u32) -> u16 {
+    /// What a call of `to` does. Within a library compilers know which
+    /// registers a function leaves alone, and whether it returns.
+    fn summary(&self, to: u64, depth: u32) -> Summary {
         if let Some(&known) = self.summaries.borrow().get(&to) {
             return known;
         }
-        self.summaries.borrow_mut().insert(to, CALLER_SAVED);
-        let mask = self.summarise(to, depth).unwrap_or(CALLER_SAVED);
-        self.summaries.borrow_mut().insert(to, mask);
-        mask
+        // Whoever recurses may do anything.
+        self.summaries.borrow_mut().insert(to, ANYTHING);
+        let summary = self.summarise(to, depth).unwrap_or(ANYTHING);
+        self.summaries.borrow_mut().insert(to, summary);
+        summary
     }
 
-    fn summarise(&self, to: u64, depth: u32) -> Option<u16> {
+    fn summarise(&self, to: u64, depth: u32) -> Option<Summary> {
         let extent = &self.extents[index_of(self.extents, to)?];
-        let thunk = self.labels.thunks.contains_key(&to);
-        if thunk || extent.start != to || extent.end - to > MAX_SUMMARY || depth == 4 {
+        if self.labels.thunks.contains_key(&to) || depth == 4 {
             return None;
         }
+        if extent.start != to || extent.end - to > MAX_SUMMARY || extent.lsda.is_some() {
+            return self.plt_stub(to);
+        }
+        let inside = |at: u64| (extent.start..extent.end).contains(&at);
         let mut info = InstructionInfoFactory::new();
-        let mut mask = 0;
+        let mut summary = Summary {
+            clobbers: 0,
+            returns: false,
+        };
+        let mut ends = false;
         for instruction in self.decode(extent) {
             match instruction.flow_control() {
                 FlowControl::Call | FlowControl::UnconditionalBranch
                     if instruction.op0_kind() == OpKind::NearBranch64 =>
                 {
                     let target = instruction.near_branch_target();
-                    if !(extent.start..extent.end).contains(&target) {
-                        mask |= self.clobbers(target, depth + 1);
+                    let call = instruction.flow_control() == FlowControl::Call;
+                    if call || !inside(target) {
+                        let callee = self.summary(target, depth + 1);
+                        summary.clobbers |= callee.clobbers;
+                        summary.returns |= callee.returns && !call;
+                        ends |= !callee.returns;
                     }
                 }
-                FlowControl::Next | FlowControl::Return | FlowControl::Exception => {}
-                FlowControl::ConditionalBranch
-                    if (extent.start..extent.end).contains(&instruction.near_branch_target()) => {}
+                FlowControl::Call | FlowControl::IndirectCall => {
+                    summary.clobbers = CALLER_SAVED;
+                    ends |= self.calls_noreturn(&instruction);
+                }
+                FlowControl::IndirectBranch => {
+                    summary.clobbers = CALLER_SAVED;
+                    summary.returns |= !self.calls_noreturn(&instruction);
+                    ends |= !summary.returns;
+                }
+                FlowControl::Return => {
+                    summary.returns = true;
+                }
+                FlowControl::ConditionalBranch if inside(instruction.near_branch_target()) => {}
+                FlowControl::Next | FlowControl::Exception | FlowControl::Interrupt => {}
                 _ => return None,
             }
             for used in info.info(&instruction).used_registers() {
                 if !matches!(used.access(), OpAccess::Read | OpAccess::CondRead)
                     && let Some(number) = number(used.register())
                 {
-                    mask |= 1 << number;
+                    summary.clobbers |= 1 << number;
                 }
             }
         }
-        Some(mask & CALLER_SAVED)
+        // No return was seen: believe that only if it is seen how it ends.
+        summary.returns |= !ends;
+        summary.clobbers &= CALLER_SAVED;
+        Some(summary)
+    }
+
+    /// The summary of a stub in the procedure linkage table.
+    fn plt_stub(&self, at: u64) -> Option<Summary> {
+        let code = decode(self.image, at, self.image.code_range(at)?.1.min(at + 16));
+        let jump = code.iter().find(|i| i.mnemonic() != Mnemonic::Endbr64)?;
+        let returns = jump.mnemonic() != Mnemonic::Jmp || !self.calls_noreturn(jump);
+        Some(Summary {
+            returns,
+            ..ANYTHING
+        })
+    }
+
+    /// Whether an indirect branch goes to an import that does not return.
+    fn calls_noreturn(&self, instruction: &Instruction) -> bool {
+        instruction.op0_kind() == OpKind::Memory
+            && instruction.is_ip_rel_memory_operand()
+            && self.image.is_noreturn(instruction.ip_rel_memory_address())
     }
 
     /// Where the absolute jump table at `base` leads.
@@ -280,12 +338,13 @@ impl<'a> Run<'_, 'a> {
         match instruction.flow_control() {
             FlowControl::Next => machine.step(state, instruction),
             FlowControl::Call | FlowControl::IndirectCall => {
-                self.after_call(instruction, state);
+                let returns = self.after_call(instruction, state);
                 if merge {
                     for pad in code.labels.pads_of(instruction.next_ip()) {
                         self.merge(pad, state, machine);
                     }
                 }
+                return returns;
             }
             FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch => {
                 if merge {
@@ -308,12 +367,17 @@ impl<'a> Run<'_, 'a> {
         true
     }
 
-    fn after_call(&self, instruction: &Instruction, state: &mut State) {
-        let mask = if instruction.op0_kind() == OpKind::NearBranch64 {
-            self.code.clobbers(instruction.near_branch_target(), 0)
+    /// Applies a call to the state; whether it returns.
+    fn after_call(&self, instruction: &Instruction, state: &mut State) -> bool {
+        let summary = if instruction.op0_kind() == OpKind::NearBranch64 {
+            self.code.summary(instruction.near_branch_target(), 0)
         } else {
-            CALLER_SAVED
+            Summary {
+                returns: !self.code.calls_noreturn(instruction),
+                ..ANYTHING
+            }
         };
+        let mask = summary.clobbers;
         for number in 0..16 {
             if mask >> number & 1 == 1 {
                 state.registers[number] = Value::Undefined;
@@ -323,6 +387,7 @@ impl<'a> Run<'_, 'a> {
         state.registers[0] = Value::ANY;
         state.registers[2] = Value::ANY;
         state.vectors = [[Value::ANY; 2]; 16];
+        summary.returns
     }
 
     /// A jump to `to`: within the function, into a part of it, or out of it.

@@ -1,0 +1,247 @@
+//! The stop in which a worker's own code changes.
+
+use std::time::Instant;
+
+use ptrace_shim::{Address, Error, Memory, Process, Stop, StoppedProcess, Tid, WriteMethod, stop_all, where_threads_are};
+
+use super::frames::{self, Span, Stack};
+use super::{ApplyError, Limits, options};
+use crate::elf::hex;
+use crate::manifest::WindowRecord;
+use crate::plan::PatchPlan;
+use crate::refused::Refused;
+
+/// Time between two tries, to let a thread run on.
+const PAUSE: std::time::Duration = std::time::Duration::from_millis(1);
+
+/// Every window's live bytes are what the plan took them for, and can be
+/// replaced in one go on this kernel.
+pub(super) fn expect_bytes(process: &Process, plan: &PatchPlan) -> Result<(), ApplyError> {
+    let memory = Memory::open(process)?;
+    for window in &plan.windows {
+        let live = memory.read_vec(Address(window.address), window.before.len())?;
+        if live != window.before {
+            return Err(foreign(window, &live).into());
+        }
+        one_go(&memory, window)?;
+    }
+    Ok(())
+}
+
+fn foreign(window: &WindowRecord, live: &[u8]) -> Refused {
+    Refused::ForeignBytes { at: window.address, expected: hex(&window.before), found: hex(live) }
+}
+
+fn one_go(memory: &Memory, window: &WindowRecord) -> Result<(), ApplyError> {
+    if memory.write_method() == WriteMethod::PokeData && window.address / 8 != (window.end() - 1) / 8 {
+        return Err(Refused::NoWindow {
+            library: String::new(),
+            at: window.address,
+            reason: "the kernel forbids forced writes to /proc/PID/mem, and the window is not within one aligned word".into(),
+        }
+        .into());
+    }
+    Ok(())
+}
+
+/// Whether no window of the plan was written.
+pub(super) fn nothing_written(process: &Process, plan: &PatchPlan) -> bool {
+    let Ok(memory) = Memory::open(process) else { return false };
+    plan.windows.iter().all(|window| {
+        memory.read_vec(Address(window.address), window.before.len()).is_ok_and(|live| live == window.before)
+    })
+}
+
+/// Which way windows are written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Direction {
+    /// The library's bytes become ours.
+    In,
+    /// Ours become the library's.
+    Out,
+}
+
+/// Writes the plan's stores, gate and windows.
+pub(super) fn commit(process: &Process, plan: &PatchPlan, limits: &Limits) -> Result<Stop, ApplyError> {
+    let (_, stop) = at_a_safe_moment(process, &plan.windows, Direction::In, limits, |stopped| {
+        for window in &plan.windows {
+            let mut live = vec![0; window.before.len()];
+            stopped.memory().read(Address(window.address), &mut live)?;
+            if live != window.before {
+                return Err(foreign(window, &live).into());
+            }
+        }
+        for store in &plan.stores {
+            stopped.memory().write(Address(store.address), &store.bytes)?;
+        }
+        stopped.memory().write(Address(plan.gate), &[1])?;
+        for window in &plan.windows {
+            stopped.write_code(Address(window.address), &window.after)?;
+        }
+        Ok(())
+    })?;
+    Ok(stop)
+}
+
+/// Stops all threads at a moment when none is in the middle of a window, and
+/// runs `work`. A thread whose next instruction is there is moved.
+pub(super) fn at_a_safe_moment<T>(
+    process: &Process,
+    windows: &[WindowRecord],
+    direction: Direction,
+    limits: &Limits,
+    work: impl FnOnce(&mut StoppedProcess) -> Result<T, ApplyError>,
+) -> Result<(T, Stop), ApplyError> {
+    let pid = process.pid().as_raw();
+    let since = Instant::now();
+    let spans: Vec<Span> = windows.iter().map(|w| (w.address, w.end())).collect();
+    loop {
+        wait_for_quiet(process, limits);
+        let maps: Vec<(u64, u64)> = process.mappings()?.iter().map(|m| (m.start.0, m.end.0)).collect();
+        let reason = match stop_all(process, options(limits)) {
+            Ok(mut stopped) => match clear(&mut stopped, windows, &spans, &maps, direction)? {
+                None => {
+                    let result = work(&mut stopped)?;
+                    return Ok((result, stopped.resume()?));
+                }
+                Some(reason) => {
+                    stopped.resume()?;
+                    reason
+                }
+            },
+            Err(error @ Error::Timeout { .. }) => error.to_string(),
+            Err(other) => return Err(other.into()),
+        };
+        if since.elapsed() > limits.commit {
+            return Err(ApplyError::NoMoment { pid, waited: since.elapsed(), reason });
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// Prefers a moment when no thread would see the stop.
+fn wait_for_quiet(process: &Process, limits: &Limits) {
+    let since = Instant::now();
+    while since.elapsed() < limits.quiet {
+        match where_threads_are(process) {
+            Ok(threads) if threads.iter().any(|t| t.may_see_stop) => std::thread::sleep(PAUSE),
+            _ => return,
+        }
+    }
+}
+
+/// Moves threads out of windows. `Some` says why that could not be done.
+fn clear(
+    stopped: &mut StoppedProcess,
+    windows: &[WindowRecord],
+    spans: &[Span],
+    maps: &[(u64, u64)],
+    direction: Direction,
+) -> Result<Option<String>, ApplyError> {
+    let mut moves = Vec::new();
+    for (tid, registers) in stopped.threads() {
+        let stack = Live { memory: stopped.memory(), maps };
+        if frames::interrupted_inside(registers.rsp, &stack, spans) {
+            return Ok(Some(format!("a signal handler of thread {tid} interrupted a site")));
+        }
+        if let Some(index) = frames::inside(registers.rip, spans) {
+            match moved(&windows[index], registers.rip, registers.rsp, direction) {
+                Some(to) => moves.push((tid, to)),
+                None => return Ok(Some(format!("thread {tid} is inside of an instruction of a site"))),
+            }
+        }
+    }
+    for (tid, Move { rip, rsp, push }) in moves {
+        move_thread(stopped, tid, rip, rsp, push)?;
+    }
+    Ok(None)
+}
+
+struct Move {
+    rip: u64,
+    rsp: u64,
+    /// Return address to store at `rsp`.
+    push: Option<u64>,
+}
+
+fn moved(window: &WindowRecord, rip: u64, rsp: u64, direction: Direction) -> Option<Move> {
+    match direction {
+        // Only no-operations lie between the start and our branch.
+        Direction::Out => Some(Move { rip: window.address, rsp, push: None }),
+        Direction::In => {
+            let offset = u8::try_from(rip - window.address).ok()?;
+            let (_, copy) = window.copies.iter().find(|(from, _)| *from == offset)?;
+            // The copies in a call's stub run with the return address pushed.
+            let push = window.call.then(|| window.end());
+            Some(Move { rip: *copy, rsp: if window.call { rsp - 8 } else { rsp }, push })
+        }
+    }
+}
+
+/// The stack first: a thread that is not moved after all has lost nothing, as
+/// no instruction in a window uses what lies below the stack pointer.
+fn move_thread(stopped: &mut StoppedProcess, tid: Tid, rip: u64, rsp: u64, push: Option<u64>) -> Result<(), ApplyError> {
+    if let Some(address) = push {
+        stopped.memory().write(Address(rsp), &address.to_le_bytes())?;
+    }
+    stopped.set_instruction_and_stack_pointer(tid, Address(rip), Address(rsp))?;
+    Ok(())
+}
+
+struct Live<'a> {
+    memory: &'a Memory,
+    maps: &'a [(u64, u64)],
+}
+
+impl Stack for Live<'_> {
+    fn read(&self, address: u64, into: &mut [u8]) -> bool {
+        self.memory.read(Address(address), into).is_ok()
+    }
+
+    fn mapping_end(&self, address: u64) -> Option<u64> {
+        let index = self.maps.partition_point(|(_, end)| *end <= address);
+        self.maps.get(index).filter(|(start, _)| *start <= address).map(|(_, end)| *end)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn window(call: bool) -> WindowRecord {
+        WindowRecord {
+            address: 0x1000,
+            before: vec![0; 6],
+            after: vec![0; 6],
+            entry: false,
+            call,
+            site: 0,
+            copies: vec![(0, 0x9000), (3, 0x9005)],
+            names: Vec::new(),
+            cached: None,
+        }
+    }
+
+    #[test]
+    fn a_thread_before_the_call_goes_on_in_the_stub_with_its_return_address() {
+        let to = moved(&window(true), 0x1003, 0x7ff0, Direction::In).unwrap();
+        assert_eq!((to.rip, to.rsp, to.push), (0x9005, 0x7fe8, Some(0x1006)));
+    }
+
+    #[test]
+    fn a_jump_pushes_nothing() {
+        let to = moved(&window(false), 0x1003, 0x7ff0, Direction::In).unwrap();
+        assert_eq!((to.rip, to.rsp, to.push), (0x9005, 0x7ff0, None));
+    }
+
+    #[test]
+    fn inside_of_an_instruction_there_is_no_copy() {
+        assert!(moved(&window(true), 0x1004, 0x7ff0, Direction::In).is_none());
+    }
+
+    #[test]
+    fn on_the_way_back_nothing_was_executed_yet() {
+        let to = moved(&window(true), 0x1001, 0x7ff0, Direction::Out).unwrap();
+        assert_eq!((to.rip, to.rsp, to.push), (0x1000, 0x7ff0, None));
+    }
+}

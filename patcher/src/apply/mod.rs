@@ -1,0 +1,220 @@
+//! Doing what a plan says: the only part that touches a worker.
+//!
+//! ```text
+//!  prepare   one thread stopped, some ten system calls of ours: mappings
+//!            the worker runs: images, stubs and structures are written
+//!            the record is written
+//!  commit    all threads stopped: nobody in a window? then stores, gate,
+//!            windows
+//! ```
+//!
+//! Every prefix of this is harmless: nothing points at what is mapped until
+//! the first window is written, and a window is written in one go. What is
+//! mapped by a patch that does not get to its record is unmapped again.
+
+mod commit;
+mod frames;
+mod prepare;
+mod revert;
+
+use std::time::Duration;
+
+use ptrace_shim::{Process, StopOptions};
+
+use crate::plan::PatchPlan;
+use crate::refused::Refused;
+use crate::report::{Disturbed, PatchReceipt, SiteProof};
+use crate::snapshot::SnapshotError;
+
+pub use revert::revert;
+
+/// Bounds on the time that a patch or revert takes.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// For each stop: how long it may take until all threads have stopped.
+    pub stop: Duration,
+    /// How long to wait for a moment in which no thread is in a call that can
+    /// see a stop.
+    pub quiet: Duration,
+    /// How long to try when a thread is in the middle of a window.
+    pub commit: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            stop: Duration::from_millis(100),
+            quiet: Duration::from_millis(20),
+            commit: Duration::from_secs(2),
+        }
+    }
+}
+
+/// Why a plan was not carried out. The worker is as it was, but for memory
+/// that nothing points at where that is said.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ApplyError {
+    /// Found out only by touching.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// Stopping, reading or writing failed.
+    #[error(transparent)]
+    Trace(#[from] ptrace_shim::Error),
+    /// The worker could not be read.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The worker is not the one that was planned for.
+    #[error("worker {pid} is gone (another process has its pid)")]
+    Gone {
+        /// The worker.
+        pid: i32,
+    },
+    /// The worker has mapped something where the plan wanted to: plan again.
+    #[error("worker {pid} has taken the planned addresses at {at:#x} meanwhile")]
+    Occupied {
+        /// The worker.
+        pid: i32,
+        /// The planned address.
+        at: u64,
+    },
+    /// A system call of ours failed in the worker.
+    #[error("worker {pid}: {call} failed: {errno}")]
+    Call {
+        /// The worker.
+        pid: i32,
+        /// The call.
+        call: &'static str,
+        /// The kernel's answer.
+        errno: nix::errno::Errno,
+    },
+    /// A thread stayed in the middle of a window, or was too slow to stop.
+    #[error("worker {pid}: no safe moment within {waited:?}: {reason}")]
+    NoMoment {
+        /// The worker.
+        pid: i32,
+        /// How long was tried.
+        waited: Duration,
+        /// What was in the way.
+        reason: String,
+    },
+    /// What was written does not read back.
+    #[error("worker {pid}: what was written at {at:#x} does not read back")]
+    Unproven {
+        /// The worker.
+        pid: i32,
+        /// Where.
+        at: u64,
+    },
+}
+
+/// Carries out a plan.
+///
+/// # Errors
+/// See [`ApplyError`].
+pub fn apply(plan: &PatchPlan, limits: &Limits) -> Result<PatchReceipt, ApplyError> {
+    if plan.already {
+        return Ok(receipt(plan, true));
+    }
+    on_tracer_thread(|| {
+        let process = open(plan.pid, plan.start_time)?;
+        let mut stops = Vec::new();
+        let mut disturbed = Vec::new();
+        commit::expect_bytes(&process, plan)?;
+        if let Some(mapping) = &plan.mapping {
+            let undo = prepare::prepare(&process, plan, mapping, limits, &mut stops, &mut disturbed)?;
+            let written = prepare::record(&process, plan);
+            let committed = written.and_then(|()| commit::commit(&process, plan, limits));
+            match committed {
+                Ok(stop) => return finish(plan, &process, stop, stops, disturbed),
+                Err(failure) => {
+                    // Windows are written last and all at once: if the commit
+                    // failed, none is, and nothing leads to the mapping. The
+                    // record goes back first.
+                    if commit::nothing_written(&process, plan) {
+                        prepare::take_back(&process, plan, undo, limits);
+                    }
+                    return Err(failure);
+                }
+            }
+        }
+        prepare::record(&process, plan)?;
+        let stop = commit::commit(&process, plan, limits)?;
+        finish(plan, &process, stop, stops, disturbed)
+    })
+}
+
+fn receipt(plan: &PatchPlan, already: bool) -> PatchReceipt {
+    PatchReceipt {
+        pid: plan.pid,
+        already,
+        image_reused: plan.mapping.is_none(),
+        sites: Vec::new(),
+        commit_stop_ns: 0,
+        stops_ns: Vec::new(),
+        disturbed: Vec::new(),
+    }
+}
+
+fn finish(
+    plan: &PatchPlan,
+    process: &Process,
+    stop: ptrace_shim::Stop,
+    mut stops: Vec<u64>,
+    mut disturbed: Vec<Disturbed>,
+) -> Result<PatchReceipt, ApplyError> {
+    let commit_stop_ns = nanoseconds(stop.duration);
+    stops.push(commit_stop_ns);
+    disturbed.extend(stop.disturbed.iter().map(disturbance));
+    let sites = plan
+        .windows
+        .iter()
+        .filter(|w| !w.entry)
+        .map(|window| prove(process, window, &window.after))
+        .collect::<Result<_, _>>()?;
+    Ok(PatchReceipt { sites, commit_stop_ns, stops_ns: stops, disturbed, ..receipt(plan, false) })
+}
+
+/// Reads a window back.
+fn prove(
+    process: &Process,
+    window: &crate::manifest::WindowRecord,
+    expected: &[u8],
+) -> Result<SiteProof, ApplyError> {
+    let memory = ptrace_shim::Memory::open(process)?;
+    let live = memory.read_vec(window.address.into(), window.before.len())?;
+    if live != expected {
+        return Err(ApplyError::Unproven { pid: process.pid().as_raw(), at: window.address });
+    }
+    Ok(SiteProof {
+        address: window.address,
+        before: crate::elf::hex(if expected == window.after { &window.before } else { &window.after }),
+        live: crate::elf::hex(&live),
+    })
+}
+
+fn open(pid: i32, start_time: u64) -> Result<Process, ApplyError> {
+    let process = Process::open(pid)?;
+    if process.start_time() != start_time {
+        return Err(ApplyError::Gone { pid });
+    }
+    Ok(process)
+}
+
+fn options(limits: &Limits) -> StopOptions {
+    StopOptions { deadline: limits.stop, ..StopOptions::default() }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn disturbance(d: &ptrace_shim::Disturbed) -> Disturbed {
+    Disturbed { tid: d.tid.as_raw(), syscall: ptrace_shim::syscall_name(d.nr).to_owned() }
+}
+
+/// ptrace ties tracees to the OS thread that attached; see
+/// [`ptrace_shim::tracer_thread`].
+fn on_tracer_thread<T: Send>(work: impl FnOnce() -> Result<T, ApplyError> + Send) -> Result<T, ApplyError> {
+    ptrace_shim::tracer_thread(|| Ok(work()))?
+}

@@ -1,0 +1,243 @@
+//! Mapping and filling: everything before the worker's own code is touched.
+
+use std::time::{Duration, Instant};
+
+use nightgraft_bridge::abi::{BRIDGE_VERSION, CONTROL_NAME, Control, MAGIC};
+use nix::errno::Errno;
+use ptrace_shim::{Address, Borrowed, Error, Gadgets, Memory, Process, StopOptions, StoppedThread, stop_thread};
+
+use super::{ApplyError, Limits, disturbance, nanoseconds, options};
+use crate::manifest::slot_address;
+use crate::plan::{Access, Mapping, PatchPlan};
+use crate::report::Disturbed;
+
+/// Proof that the mapping is there, to be given back if it is not needed.
+pub(super) struct Undo {
+    gadgets: Gadgets,
+}
+
+/// Maps and fills. If it fails, what it mapped is unmapped again.
+pub(super) fn prepare(
+    process: &Process,
+    plan: &PatchPlan,
+    mapping: &Mapping,
+    limits: &Limits,
+    stops: &mut Vec<u64>,
+    disturbed: &mut Vec<Disturbed>,
+) -> Result<Undo, ApplyError> {
+    let memory = Memory::open(process)?;
+    let gadgets = Gadgets::find(&memory)?;
+    let mut thread_pointer = 0;
+    with_borrowed(process, &gadgets, limits, stops, disturbed, |borrowed| {
+        thread_pointer = borrowed.registers().fs_base;
+        map(borrowed, plan.pid, mapping)
+    })?;
+    let undo = Undo { gadgets };
+    let filled = fill(process, &memory, mapping, thread_pointer, limits, stops);
+    match filled {
+        Ok(()) => Ok(undo),
+        Err(failure) => {
+            take_back(process, plan, undo, limits);
+            Err(failure)
+        }
+    }
+}
+
+/// Unmaps what [`prepare`] mapped. Nothing leads there; if it cannot be
+/// unmapped, unused memory stays behind, which is harmless.
+pub(super) fn take_back(process: &Process, plan: &PatchPlan, undo: Undo, limits: &Limits) {
+    let Some(mapping) = &plan.mapping else { return };
+    let unrecorded = unrecord(process, plan);
+    let (mut stops, mut disturbed) = (Vec::new(), Vec::new());
+    let result = unrecorded.and_then(|()| {
+        with_borrowed(process, &undo.gadgets, limits, &mut stops, &mut disturbed, |borrowed| {
+            unmap(borrowed, plan.pid, mapping)
+        })
+    });
+    if let Err(error) = result {
+        tracing::warn!(pid = plan.pid, %error, bytes = mapping.reservation.len, "unused memory stays in the worker");
+    }
+}
+
+/// Stops the worker's main thread, borrows it, and gives it back whatever
+/// happens. A thread that can't be borrowed just now is tried again.
+fn with_borrowed(
+    process: &Process,
+    gadgets: &Gadgets,
+    limits: &Limits,
+    stops: &mut Vec<u64>,
+    disturbed: &mut Vec<Disturbed>,
+    work: impl FnOnce(&mut Borrowed) -> Result<(), ApplyError>,
+) -> Result<(), ApplyError> {
+    let since = Instant::now();
+    let mut borrowed = loop {
+        let stopped = stop(process, options(limits))?;
+        disturbed.extend(stopped.disturbed().as_ref().map(disturbance));
+        match stopped.borrow(gadgets) {
+            Ok(borrowed) => break borrowed,
+            Err(Error::NotBorrowable { reason, .. }) => {
+                if since.elapsed() > limits.commit {
+                    let reason = reason.to_string();
+                    return Err(ApplyError::NoMoment { pid: process.pid().as_raw(), waited: since.elapsed(), reason });
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Err(other) => return Err(other.into()),
+        }
+    };
+    let result = work(&mut borrowed);
+    let stopped = borrowed.give_back()?;
+    stops.push(nanoseconds(stopped.resume()?));
+    result
+}
+
+fn stop(process: &Process, options: StopOptions) -> Result<StoppedThread, Error> {
+    stop_thread(process, process.pid().leader(), options)
+}
+
+const NONE: u64 = u64::MAX; // no descriptor: -1
+
+fn map(borrowed: &mut Borrowed, pid: i32, mapping: &Mapping) -> Result<(), ApplyError> {
+    let whole = mapping.reservation;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE | libc::MAP_NORESERVE;
+    let at = mmap(borrowed, pid, whole.start, whole.len, Access::Read, flags, NONE)?;
+    if at != whole.start {
+        // A kernel before 4.17 takes the address for a hint.
+        let _ = call(borrowed, pid, "munmap", libc::SYS_munmap, [at, whole.len, 0, 0, 0, 0]);
+        return Err(ApplyError::Occupied { pid, at: whole.start });
+    }
+    let result = map_parts(borrowed, pid, mapping);
+    if result.is_err() {
+        let _ = unmap(borrowed, pid, mapping);
+    }
+    result
+}
+
+fn map_parts(borrowed: &mut Borrowed, pid: i32, mapping: &Mapping) -> Result<(), ApplyError> {
+    let fixed = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+    for part in mapping.parts.iter().filter(|p| p.access != Access::Read) {
+        mmap(borrowed, pid, part.start, part.len, part.access, fixed, NONE)?;
+    }
+    let Some(control) = mapping.control else { return Ok(()) };
+    let name: Vec<u8> = CONTROL_NAME.bytes().chain([0]).collect();
+    let name = borrowed.put(0, &name)?;
+    let fd = call(borrowed, pid, "memfd_create", libc::SYS_memfd_create, [
+        name.0,
+        u64::from(libc::MFD_CLOEXEC),
+        0,
+        0,
+        0,
+        0,
+    ])?;
+    let shared = libc::MAP_SHARED | libc::MAP_FIXED;
+    let mapped = call(borrowed, pid, "ftruncate", libc::SYS_ftruncate, [fd, control.len, 0, 0, 0, 0])
+        .and_then(|_| mmap(borrowed, pid, control.start, control.len, Access::ReadWrite, shared, fd));
+    call(borrowed, pid, "close", libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
+    mapped.map(|_| ())
+}
+
+fn unmap(borrowed: &mut Borrowed, pid: i32, mapping: &Mapping) -> Result<(), ApplyError> {
+    let whole = mapping.reservation;
+    call(borrowed, pid, "munmap", libc::SYS_munmap, [whole.start, whole.len, 0, 0, 0, 0]).map(|_| ())
+}
+
+fn mmap(
+    borrowed: &mut Borrowed,
+    pid: i32,
+    start: u64,
+    len: u64,
+    access: Access,
+    flags: libc::c_int,
+    fd: u64,
+) -> Result<u64, ApplyError> {
+    let protection = match access {
+        Access::Read => libc::PROT_READ,
+        Access::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
+        Access::ReadExecute => libc::PROT_READ | libc::PROT_EXEC,
+    };
+    let arguments = [start, len, protection as u64, flags as u64, fd, 0];
+    match call(borrowed, pid, "mmap", libc::SYS_mmap, arguments) {
+        Err(ApplyError::Call { errno: Errno::EEXIST, .. }) => Err(ApplyError::Occupied { pid, at: start }),
+        other => other,
+    }
+}
+
+fn call(
+    borrowed: &mut Borrowed,
+    pid: i32,
+    name: &'static str,
+    nr: libc::c_long,
+    arguments: [u64; 6],
+) -> Result<u64, ApplyError> {
+    borrowed.syscall(nr, arguments)?.map_err(|errno| ApplyError::Call { pid, call: name, errno })
+}
+
+/// Writes the parts while the worker runs: nothing leads to them yet.
+fn fill(
+    process: &Process,
+    memory: &Memory,
+    mapping: &Mapping,
+    thread_pointer: u64,
+    limits: &Limits,
+    stops: &mut Vec<u64>,
+) -> Result<(), ApplyError> {
+    let pid = process.pid().as_raw();
+    let mut late = Vec::new();
+    for part in mapping.parts.iter().filter(|p| !p.bytes.is_empty()) {
+        match memory.write(Address(part.start), &part.bytes) {
+            Ok(()) => {}
+            Err(Error::ForcedWriteForbidden { .. }) => late.push(part),
+            Err(other) => return Err(other.into()),
+        }
+    }
+    if !late.is_empty() {
+        let stopped = stop(process, options(limits))?;
+        for part in &late {
+            stopped.write_memory(Address(part.start), &part.bytes)?;
+        }
+        stops.push(nanoseconds(stopped.resume()?));
+    }
+    if let Some(field) = mapping.thread_field {
+        memory.write(Address(field), &thread_pointer.to_le_bytes())?;
+    }
+    let field = |part: &crate::plan::Part| {
+        mapping.thread_field.filter(|f| (part.start..part.start + part.len).contains(f)).map(|f| (f - part.start) as usize)
+    };
+    for part in mapping.parts.iter().filter(|p| !p.bytes.is_empty()) {
+        let mut expected = part.bytes.clone();
+        if let Some(at) = field(part) {
+            expected[at..at + 8].copy_from_slice(&thread_pointer.to_le_bytes());
+        }
+        if memory.read_vec(Address(part.start), expected.len())? != expected {
+            return Err(ApplyError::Unproven { pid, at: part.start });
+        }
+    }
+    Ok(())
+}
+
+/// Writes the record: first the slot that does not hold, then the byte that
+/// says which does.
+pub(super) fn record(process: &Process, plan: &PatchPlan) -> Result<(), ApplyError> {
+    let memory = Memory::open(process)?;
+    let control = plan.manifest.control;
+    memory.write(Address(slot_address(control, plan.slot)), &plan.manifest.encode()?)?;
+    if plan.mapping.as_ref().is_some_and(|m| m.control.is_some()) {
+        let worker = control + std::mem::offset_of!(Control, worker) as u64;
+        memory.write(Address(worker), &plan.manifest.worker.to_le_bytes())?;
+        let version = control + std::mem::offset_of!(Control, version) as u64;
+        memory.write(Address(version), &BRIDGE_VERSION.to_le_bytes())?;
+        memory.write(Address(control), &MAGIC)?;
+    }
+    let which = control + std::mem::offset_of!(Control, manifest) as u64;
+    memory.write(Address(which), &[plan.slot])?;
+    Ok(())
+}
+
+/// The record of before holds again.
+fn unrecord(process: &Process, plan: &PatchPlan) -> Result<(), ApplyError> {
+    let fresh = plan.mapping.as_ref().is_some_and(|m| m.control.is_some());
+    let which = plan.manifest.control + std::mem::offset_of!(Control, manifest) as u64;
+    let before = if fresh { 0 } else { 3 - plan.slot };
+    Memory::open(process)?.write(Address(which), &[before])?;
+    Ok(())
+}

@@ -1,0 +1,107 @@
+//! The way back: the gate at once, the bytes when no thread is in them. The
+//! image stays for the next patch.
+
+use ptrace_shim::{Address, Memory, Process};
+
+use super::commit::{Direction, at_a_safe_moment};
+use super::{ApplyError, Limits, disturbance, nanoseconds, on_tracer_thread, open, prove};
+use crate::elf::hex;
+use crate::manifest::{Present, WindowRecord};
+use crate::refused::Refused;
+use crate::report::RevertReceipt;
+
+/// Reverts `callee` in the worker that `present` was read from.
+///
+/// # Errors
+/// The worker is gone or cannot be written. That the bytes could not be
+/// restored in time is no error: the gate is off, and the receipt says why.
+pub fn revert(present: &Present, callee: &str, limits: &Limits) -> Result<RevertReceipt, ApplyError> {
+    let manifest = &present.manifest;
+    let mut receipt = RevertReceipt {
+        pid: manifest.pid,
+        nothing: false,
+        restored: true,
+        reason: None,
+        sites: Vec::new(),
+        stops_ns: Vec::new(),
+        disturbed: Vec::new(),
+    };
+    let Some(graft) = manifest.graft(callee) else {
+        return Ok(RevertReceipt { nothing: true, ..receipt });
+    };
+    let windows = windows(present, callee);
+    let index = manifest.grafts.iter().position(|g| g == graft).unwrap_or_default();
+    if windows.is_empty() && !present.gates[index] {
+        return Ok(RevertReceipt { nothing: true, ..receipt });
+    }
+    on_tracer_thread(|| {
+        let process = open(manifest.pid, manifest.start_time)?;
+        let memory = Memory::open(&process)?;
+        memory.write(Address(manifest.gate(graft)), &[0])?;
+        if windows.is_empty() {
+            return Ok(receipt);
+        }
+        match restore(&process, &windows, limits) {
+            Ok(stop) => {
+                receipt.stops_ns.push(nanoseconds(stop.duration));
+                receipt.disturbed.extend(stop.disturbed.iter().map(disturbance));
+                receipt.sites = windows
+                    .iter()
+                    .filter(|w| !w.entry)
+                    .map(|w| prove(&process, w, &w.before))
+                    .collect::<Result<_, _>>()?;
+            }
+            Err(error @ (ApplyError::NoMoment { .. } | ApplyError::Refused(_))) => {
+                receipt.restored = false;
+                receipt.reason = Some(error.to_string());
+            }
+            Err(other) => return Err(other),
+        }
+        Ok(receipt)
+    })
+}
+
+fn restore(process: &Process, windows: &[WindowRecord], limits: &Limits) -> Result<ptrace_shim::Stop, ApplyError> {
+    let (_, stop) = at_a_safe_moment(process, windows, Direction::Out, limits, |stopped| {
+        for window in windows {
+            let mut live = vec![0; window.after.len()];
+            stopped.memory().read(Address(window.address), &mut live)?;
+            if live != window.after {
+                let (expected, found) = (hex(&window.after), hex(&live));
+                return Err(Refused::ForeignBytes { at: window.address, expected, found }.into());
+            }
+        }
+        for window in windows {
+            stopped.write_code(Address(window.address), &window.before)?;
+        }
+        Ok(())
+    })?;
+    Ok(stop)
+}
+
+/// The windows in place that no other open edge needs: sites first, the entry
+/// last, so that outputs are reclaimed for as long as there are any.
+fn windows(present: &Present, callee: &str) -> Vec<WindowRecord> {
+    let manifest = &present.manifest;
+    let in_place = |index: &usize| present.in_place(*index);
+    let open: Vec<&str> = manifest
+        .grafts
+        .iter()
+        .zip(&present.gates)
+        .filter(|(g, on)| **on && !g.replaced && g.callee != callee)
+        .map(|(g, _)| g.callee.as_str())
+        .collect();
+    let needed = |w: &WindowRecord| w.names.iter().any(|n| open.contains(&n.as_str()));
+    let all: Vec<usize> = (0..manifest.windows.len()).filter(in_place).collect();
+    let mut out: Vec<WindowRecord> = all
+        .iter()
+        .map(|i| &manifest.windows[*i])
+        .filter(|w| !w.entry && w.names.iter().any(|n| n == callee) && !needed(w))
+        .cloned()
+        .collect();
+    let some_site_stays = all.iter().map(|i| &manifest.windows[*i]).any(|w| !w.entry && !out.contains(w));
+    if !some_site_stays {
+        out.extend(all.iter().map(|i| &manifest.windows[*i]).filter(|w| w.entry).cloned());
+    }
+    out
+}

@@ -1,0 +1,208 @@
+//! The way from two pids to a fused edge, in one place: read, plan, apply.
+
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+
+use crate::apply::{self, ApplyError, Limits};
+use crate::code::CodeMap;
+use crate::elf::Image;
+use crate::manifest::{self, FindError, Present};
+use crate::plan::{self, Input, PatchPlan};
+use crate::refused::Refused;
+use crate::report::{PatchReceipt, RevertReceipt, WorkerStatus};
+use crate::room::memory_room;
+use crate::snapshot::{Map, ProcMemory, SnapshotError, Worker};
+use crate::status::status;
+
+/// The bridge, compiled into the agent.
+static BRIDGE: &[u8] = include_bytes!(env!("NIGHTGRAFT_BRIDGE_IMAGE"));
+
+/// How often a plan is made anew when the worker has taken the planned
+/// addresses meanwhile.
+const TRIES: usize = 5;
+
+/// Why an edge was not fused or reverted.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Failure {
+    /// It cannot be done right.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// A worker could not be read.
+    #[error(transparent)]
+    Snapshot(SnapshotError),
+    /// The worker could not be changed.
+    #[error(transparent)]
+    Apply(ApplyError),
+}
+
+impl From<SnapshotError> for Failure {
+    fn from(error: SnapshotError) -> Failure {
+        match error {
+            SnapshotError::Replaced { pid, path } => Failure::Refused(Refused::Replaced { path, pid }),
+            SnapshotError::Elf { path, source } => {
+                Failure::Refused(Refused::BrokenImage { library: path, reason: source.to_string() })
+            }
+            other => Failure::Snapshot(other),
+        }
+    }
+}
+
+impl From<FindError> for Failure {
+    fn from(error: FindError) -> Failure {
+        match error {
+            FindError::Snapshot(e) => e.into(),
+            FindError::Refused(r) => Failure::Refused(r),
+        }
+    }
+}
+
+impl From<ApplyError> for Failure {
+    fn from(error: ApplyError) -> Failure {
+        match error {
+            ApplyError::Refused(r) => Failure::Refused(r),
+            ApplyError::Snapshot(e) => e.into(),
+            other => Failure::Apply(other),
+        }
+    }
+}
+
+/// A worker of a function.
+#[derive(Debug, Clone, Copy)]
+pub struct Function<'a> {
+    /// The worker, as the host numbers it.
+    pub pid: i32,
+    /// Its start time in clock ticks since boot.
+    pub start_time: u64,
+    /// The function's library, as the worker names it.
+    pub library: &'a Path,
+}
+
+impl Function<'_> {
+    fn read(&self) -> Result<Worker, Failure> {
+        let worker = Worker::read(self.pid, self.library)?;
+        if worker.start_time != self.start_time {
+            return Err(Failure::Snapshot(SnapshotError::Gone { pid: self.pid }));
+        }
+        Ok(worker)
+    }
+}
+
+fn bridge() -> Result<Arc<Image>, Failure> {
+    static PARSED: OnceLock<Result<Arc<Image>, String>> = OnceLock::new();
+    PARSED
+        .get_or_init(|| Image::parse(BRIDGE.into()).map(Arc::new).map_err(|e| e.to_string()))
+        .clone()
+        .map_err(|reason| Failure::Refused(Refused::BrokenImage { library: "the bridge".into(), reason }))
+}
+
+/// Plans the fusing of `name` (whose worker is `callee`) into `caller`,
+/// without touching either.
+///
+/// # Errors
+/// A refusal, or a worker that cannot be read.
+pub fn explain(caller: Function<'_>, callee: Function<'_>, name: &str) -> Result<PatchPlan, Failure> {
+    let callee = callee.read()?;
+    planned(caller, &callee, name)
+}
+
+fn planned(caller: Function<'_>, callee: &Worker, name: &str) -> Result<PatchPlan, Failure> {
+    let caller = caller.read()?;
+    let code: CodeMap = plan::analyse(caller.function())?;
+    let memory = ProcMemory::open(caller.pid)?;
+    let present = manifest::find(caller.pid, caller.start_time, &caller.maps, &memory)?;
+    let bridge = bridge()?;
+    Ok(plan::plan(&Input {
+        caller: &caller,
+        code: &code,
+        callee,
+        name,
+        present: present.as_ref(),
+        bridge: &bridge,
+        memory_room: memory_room(caller.pid),
+    })?)
+}
+
+/// Fuses `name` into one worker.
+///
+/// # Errors
+/// See [`Failure`].
+pub fn patch(
+    caller: Function<'_>,
+    callee: Function<'_>,
+    name: &str,
+    limits: &Limits,
+) -> Result<PatchReceipt, Failure> {
+    let callee = callee.read()?;
+    let mut tries = 1;
+    loop {
+        let plan = planned(caller, &callee, name)?;
+        match apply::apply(&plan, limits) {
+            Err(ApplyError::Occupied { .. }) if tries < TRIES => tries += 1,
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// Reverts `name` in one worker.
+///
+/// # Errors
+/// See [`Failure`].
+pub fn revert(caller: Function<'_>, name: &str, limits: &Limits) -> Result<RevertReceipt, Failure> {
+    match present(caller)? {
+        Some((present, _)) => Ok(apply::revert(&present, name, limits)?),
+        None => Ok(RevertReceipt {
+            pid: caller.pid,
+            nothing: true,
+            restored: true,
+            reason: None,
+            sites: Vec::new(),
+            stops_ns: Vec::new(),
+            disturbed: Vec::new(),
+        }),
+    }
+}
+
+/// What one worker holds of ours, `None` for nothing.
+///
+/// # Errors
+/// See [`Failure`].
+pub fn read_status(worker: Function<'_>) -> Result<Option<WorkerStatus>, Failure> {
+    match present(worker)? {
+        Some((present, memory)) => Ok(Some(status(&present, &memory)?)),
+        None => Ok(None),
+    }
+}
+
+/// Opens or closes an edge's gate in one worker: one byte, no stop. Gives
+/// whether there is such an edge.
+///
+/// # Errors
+/// See [`Failure`].
+pub fn set_gate(worker: Function<'_>, callee: &str, on: bool) -> Result<bool, Failure> {
+    let Some((present, _)) = present(worker)? else { return Ok(false) };
+    let Some(graft) = present.manifest.graft(callee) else { return Ok(false) };
+    let process = ptrace_shim::Process::open(worker.pid).map_err(ApplyError::from)?;
+    let memory = ptrace_shim::Memory::open(&process).map_err(ApplyError::from)?;
+    memory
+        .write(ptrace_shim::Address(present.manifest.gate(graft)), &[u8::from(on)])
+        .map_err(ApplyError::from)?;
+    Ok(true)
+}
+
+/// Build-id of a function's library, lower-case hex; empty if it has none.
+///
+/// # Errors
+/// The worker cannot be read.
+pub fn build_id(worker: Function<'_>) -> Result<String, Failure> {
+    Ok(worker.read()?.function().image.build_id_hex())
+}
+
+fn present(worker: Function<'_>) -> Result<Option<(Present, ProcMemory)>, Failure> {
+    let (start_time, maps) = Map::all(worker.pid)?;
+    if start_time != worker.start_time {
+        return Err(Failure::Snapshot(SnapshotError::Gone { pid: worker.pid }));
+    }
+    let memory = ProcMemory::open(worker.pid)?;
+    Ok(manifest::find(worker.pid, start_time, &maps, &memory)?.map(|present| (present, memory)))
+}

@@ -1,0 +1,114 @@
+//! What a worker holds, as the agent reports it: read from the worker itself,
+//! without stopping it.
+
+use std::mem::offset_of;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use nightgraft_bridge::abi::{self, Control, Graft, SharedEdge};
+
+use crate::manifest::{GraftRecord, Manifest, Present};
+use crate::report::{CalleeState, EdgeCounters, GraftStatus, RpcReasons, WorkerStatus};
+use crate::snapshot::{Memory, SnapshotError};
+
+/// Reads the status of everything in `present`.
+///
+/// # Errors
+/// The worker's memory cannot be read (any more).
+pub fn status(present: &Present, memory: &dyn Memory) -> Result<WorkerStatus, SnapshotError> {
+    let manifest = &present.manifest;
+    let other_name = memory.u64(manifest.control + offset_of!(Control, other_name) as u64)?;
+    let mut grafts = Vec::new();
+    for (index, graft) in manifest.grafts.iter().enumerate().filter(|(_, g)| !g.replaced) {
+        let sites: Vec<usize> = (0..manifest.windows.len())
+            .filter(|i| manifest.windows[*i].names.contains(&graft.callee))
+            .collect();
+        let windows_in_place = !sites.is_empty() && sites.iter().all(|i| present.in_place(*i));
+        grafts.push(GraftStatus {
+            callee: graft.callee.clone(),
+            build_id: graft.build_id.clone(),
+            gate_on: present.gates[index],
+            windows_in_place,
+            state: match present.states[index] {
+                abi::STATE_ARMED => CalleeState::Armed,
+                abi::STATE_INITIALISING => CalleeState::Initialising,
+                abi::STATE_READY => CalleeState::Ready,
+                _ => CalleeState::Failed,
+            },
+            failure: failure(graft, present.states[index], memory)?,
+            sites: sites.into_iter().map(|i| manifest.windows[i].address).collect(),
+            counters: counters(manifest, graft, other_name, memory)?,
+        });
+    }
+    Ok(WorkerStatus {
+        pid: manifest.pid,
+        bridge_version: manifest.version,
+        mapped_bytes: manifest.regions.iter().map(|r| r.len).sum(),
+        grafts,
+    })
+}
+
+fn failure(graft: &GraftRecord, state: u8, memory: &dyn Memory) -> Result<Option<String>, SnapshotError> {
+    if state != abi::STATE_FAILED {
+        return Ok(None);
+    }
+    let kind = memory.u64(graft.graft + offset_of!(Graft, failure) as u64)? as u32;
+    let code = memory.u64(graft.graft + offset_of!(Graft, failure_code) as u64)? as u32 as i32;
+    Ok(Some(match kind {
+        abi::FAILURE_THREAD => {
+            format!("its thread could not be started: {}", nix::errno::Errno::from_raw(code))
+        }
+        abi::FAILURE_FAAS_INIT => format!("faas_init returned {code}"),
+        abi::FAILURE_FAAS_CREATE => format!("faas_create_func_worker returned {code}"),
+        abi::FAILURE_RELRO => {
+            format!("its RELRO pages could not be sealed: {}", nix::errno::Errno::from_raw(code))
+        }
+        other => format!("failure {other} with code {code}"),
+    }))
+}
+
+fn counters(
+    manifest: &Manifest,
+    graft: &GraftRecord,
+    other_name: u64,
+    memory: &dyn Memory,
+) -> Result<EdgeCounters, SnapshotError> {
+    let edge = manifest.edge(graft);
+    let read = |offset: usize| memory.u64(edge + offset as u64);
+    let samples = read(offset_of!(SharedEdge, samples))?;
+    let cycles = read(offset_of!(SharedEdge, sampled_cycles))?;
+    Ok(EdgeCounters {
+        fused_calls: read(offset_of!(SharedEdge, returned))?,
+        fused_errors: read(offset_of!(SharedEdge, errors))?,
+        bytes_in: read(offset_of!(SharedEdge, bytes_in))?,
+        bytes_out: read(offset_of!(SharedEdge, bytes_out))?,
+        rpc: RpcReasons {
+            gate_off: read(offset_of!(SharedEdge, rpc_gate_off))?,
+            other_name,
+            other_target: read(offset_of!(SharedEdge, rpc_target))?,
+            not_ready: read(offset_of!(SharedEdge, rpc_not_ready))?,
+            busy: read(offset_of!(SharedEdge, rpc_busy))?,
+            other_thread: read(offset_of!(SharedEdge, rpc_thread))?,
+            stack: read(offset_of!(SharedEdge, rpc_stack))?,
+            memory: read(offset_of!(SharedEdge, rpc_memory))?,
+        },
+        fused_ns_mean: (samples > 0).then(|| cycles as f64 / samples as f64 / cycles_per_nanosecond()),
+    })
+}
+
+/// The rate of the time-stamp counter, measured once against the monotonic
+/// clock (to about 0.1 %).
+fn cycles_per_nanosecond() -> f64 {
+    static RATE: OnceLock<f64> = OnceLock::new();
+    *RATE.get_or_init(|| {
+        let (start, from) = (Instant::now(), cycles());
+        std::thread::sleep(Duration::from_millis(20));
+        (cycles() - from) as f64 / start.elapsed().as_nanos() as f64
+    })
+}
+
+fn cycles() -> u64 {
+    // SAFETY: RDTSC reads a counter; it faults only where prctl(PR_SET_TSC)
+    // forbade it to this process, which nobody does to an agent.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
