@@ -13,10 +13,37 @@ use tempfile::TempDir;
 
 /// The names that `caller.c` passes to the RPC, each at one place.
 const NAMES: [&str; 31] = [
-    "AlignedFrame", "CaseFour", "CaseOne", "CaseTwo", "CaseZero", "EmptyInput", "Four",
-    "FromStack", "Global", "GlobalTail", "InColdPart", "Left", "LocalFirst", "LocalSecond",
-    "LoopFirst", "LoopSecond", "One", "Plain", "Right", "TableA", "TableB", "TableC", "Tail",
-    "TailAfterWork", "Three", "Two", "VariableFrame", "Wrapped", "WrappedTwice", "Zero", "zzz",
+    "AlignedFrame",
+    "CaseFour",
+    "CaseOne",
+    "CaseTwo",
+    "CaseZero",
+    "EmptyInput",
+    "Four",
+    "FromStack",
+    "Global",
+    "GlobalTail",
+    "InColdPart",
+    "Left",
+    "LocalFirst",
+    "LocalSecond",
+    "LoopFirst",
+    "LoopSecond",
+    "One",
+    "Plain",
+    "Right",
+    "TableA",
+    "TableB",
+    "TableC",
+    "Tail",
+    "TailAfterWork",
+    "Three",
+    "Two",
+    "VariableFrame",
+    "Wrapped",
+    "WrappedTwice",
+    "Zero",
+    "zzz",
 ];
 
 fn map_of(dir: &TempDir, source: &str, build: &Build) -> CodeMap {
@@ -38,7 +65,12 @@ fn complaints(map: &CodeMap, names: &[&str]) -> String {
             }
         }
         if let Err(reason) = &site.window {
-            writeln!(text, "  no window at {} {:?}: {reason}", site.at, site.names).unwrap();
+            writeln!(
+                text,
+                "  no window at {} {:?}: {reason}",
+                site.at, site.names
+            )
+            .unwrap();
         }
     }
     for (name, count) in by_name {

@@ -260,8 +260,7 @@ impl Image {
         if let Some((at, size)) = relr {
             self.read_relr(at, size, &mut stored)?;
         }
-        let (symbols, endless) =
-            self.dynamic_symbols(symtab, strtab, hash, gnu_hash, last_symbol);
+        let (symbols, endless) = self.dynamic_symbols(symtab, strtab, hash, gnu_hash, last_symbol);
         for (place, kind, symbol, addend) in relocations {
             let defined = symbols.get(symbol as usize).copied().flatten();
             let what = match elf::RelocationType(kind) {

@@ -66,7 +66,9 @@ pub fn matrix(gcc: &'static str, clang: &'static str) -> Vec<Build> {
 /// If the compiler is missing or rejects the source.
 pub fn compile(dir: &TempDir, source: &str, build: &Build) -> PathBuf {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/code");
-    let output = dir.path().join(format!("{build}.so").replace([' ', ','], "_"));
+    let output = dir
+        .path()
+        .join(format!("{build}.so").replace([' ', ','], "_"));
     let mut command = Command::new(build.compiler);
     command
         .args(["-shared", "-fPIC", "-g0", "-o"])

@@ -137,53 +137,73 @@ impl<'a> Code<'a> {
         if extent.start != to || extent.end - to > MAX_SUMMARY || extent.lsda.is_some() {
             return self.plt_stub(to);
         }
-        let inside = |at: u64| (extent.start..extent.end).contains(&at);
         let mut info = InstructionInfoFactory::new();
         let mut summary = Summary {
             clobbers: 0,
             returns: false,
         };
-        let mut ends = false;
-        for instruction in self.decode(extent) {
-            match instruction.flow_control() {
-                FlowControl::Call | FlowControl::UnconditionalBranch
-                    if instruction.op0_kind() == OpKind::NearBranch64 =>
-                {
-                    let target = instruction.near_branch_target();
-                    let call = instruction.flow_control() == FlowControl::Call;
-                    if call || !inside(target) {
-                        let callee = self.summary(target, depth + 1);
-                        summary.clobbers |= callee.clobbers;
-                        summary.returns |= callee.returns && !call;
-                        ends |= !callee.returns;
+        let code = self.decode(extent);
+        let mut seen = vec![false; code.len()];
+        // Only what is reached: in a stripped library more may follow.
+        let mut work = vec![to];
+        while let Some(at) = work.pop() {
+            let mut index = code.binary_search_by_key(&at, Instruction::ip).ok()?;
+            while let Some(instruction) = code.get(index)
+                && !std::mem::replace(&mut seen[index], true)
+            {
+                for used in info.info(instruction).used_registers() {
+                    if !matches!(used.access(), OpAccess::Read | OpAccess::CondRead)
+                        && let Some(number) = number(used.register())
+                    {
+                        summary.clobbers |= 1 << number;
                     }
                 }
-                FlowControl::Call | FlowControl::IndirectCall => {
-                    summary.clobbers = CALLER_SAVED;
-                    ends |= self.calls_noreturn(&instruction);
+                let near = matches!(instruction.op0_kind(), OpKind::NearBranch64)
+                    .then(|| instruction.near_branch_target());
+                match (instruction.flow_control(), near) {
+                    (FlowControl::Next, _) => {}
+                    (FlowControl::Interrupt, _) if instruction.mnemonic() != Mnemonic::Int3 => {}
+                    (FlowControl::Return, _) => {
+                        summary.returns = true;
+                        break;
+                    }
+                    (FlowControl::Exception | FlowControl::Interrupt, _) => break,
+                    (FlowControl::Call, Some(target)) => {
+                        let callee = self.summary(target, depth + 1);
+                        summary.clobbers |= callee.clobbers;
+                        if !callee.returns {
+                            break;
+                        }
+                    }
+                    (FlowControl::IndirectCall, _) => {
+                        summary.clobbers = CALLER_SAVED;
+                        if self.calls_noreturn(instruction) {
+                            break;
+                        }
+                    }
+                    (FlowControl::IndirectBranch, _) => {
+                        summary.clobbers = CALLER_SAVED;
+                        summary.returns |= !self.calls_noreturn(instruction);
+                        break;
+                    }
+                    (FlowControl::ConditionalBranch, Some(target)) => work.push(target),
+                    (FlowControl::UnconditionalBranch, Some(target)) => {
+                        if (extent.start..extent.end).contains(&target) {
+                            work.push(target);
+                        } else {
+                            let callee = self.summary(target, depth + 1);
+                            summary.clobbers |= callee.clobbers;
+                            summary.returns |= callee.returns;
+                        }
+                        break;
+                    }
+                    _ => return None,
                 }
-                FlowControl::IndirectBranch => {
-                    summary.clobbers = CALLER_SAVED;
-                    summary.returns |= !self.calls_noreturn(&instruction);
-                    ends |= !summary.returns;
-                }
-                FlowControl::Return => {
-                    summary.returns = true;
-                }
-                FlowControl::ConditionalBranch if inside(instruction.near_branch_target()) => {}
-                FlowControl::Next | FlowControl::Exception | FlowControl::Interrupt => {}
-                _ => return None,
+                index += 1;
             }
-            for used in info.info(&instruction).used_registers() {
-                if !matches!(used.access(), OpAccess::Read | OpAccess::CondRead)
-                    && let Some(number) = number(used.register())
-                {
-                    summary.clobbers |= 1 << number;
-                }
-            }
+            // Off the end: into what is not known.
+            summary.returns |= index == code.len();
         }
-        // No return was seen: believe that only if it is seen how it ends.
-        summary.returns |= !ends;
         summary.clobbers &= CALLER_SAVED;
         Some(summary)
     }
