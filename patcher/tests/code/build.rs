@@ -7,10 +7,10 @@ use tempfile::TempDir;
 
 /// One way of building a caller.
 #[derive(Debug, Clone)]
-pub struct Build {
-    pub compiler: &'static str,
-    pub flags: Vec<&'static str>,
-    pub stripped: bool,
+pub(crate) struct Build {
+    pub(crate) compiler: &'static str,
+    pub(crate) flags: Vec<&'static str>,
+    pub(crate) stripped: bool,
 }
 
 impl std::fmt::Display for Build {
@@ -26,7 +26,7 @@ impl std::fmt::Display for Build {
 const LEVELS: [&str; 5] = ["-O0", "-O1", "-O2", "-O3", "-Os"];
 
 /// Every build of the matrix for these two compilers.
-pub fn matrix(gcc: &'static str, clang: &'static str) -> Vec<Build> {
+pub(crate) fn matrix(gcc: &'static str, clang: &'static str) -> Vec<Build> {
     let mut builds = Vec::new();
     for (compiler, thunk) in [(gcc, "-mindirect-branch=thunk"), (clang, "-mretpoline")] {
         for level in LEVELS {
@@ -64,7 +64,7 @@ pub fn matrix(gcc: &'static str, clang: &'static str) -> Vec<Build> {
 ///
 /// # Panics
 /// If the compiler is missing or rejects the source.
-pub fn compile(dir: &TempDir, source: &str, build: &Build) -> PathBuf {
+pub(crate) fn compile(dir: &TempDir, source: &str, build: &Build) -> PathBuf {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/code");
     let output = dir
         .path()

@@ -1,0 +1,96 @@
+//! Patched callers run: the same answers as before, every site passed as
+//! often as its RPC is made, over the whole matrix of compilers and options.
+
+#[path = "code/build.rs"]
+mod build;
+#[path = "code/live.rs"]
+mod live;
+
+use build::{compile, matrix};
+use live::{ALONE, Answer, Live, hooked};
+use nightgraft_patcher::code::{SiteKind, analyse};
+use tempfile::TempDir;
+
+/// Every case of `caller.c` with arguments that lead down its branches, short
+/// and long inputs, and inputs that make the RPC fail.
+fn requests() -> Vec<Vec<u8>> {
+    let mut all = Vec::new();
+    for case in b'a'..=b's' {
+        for argument in *b"012345c!" {
+            all.push(vec![case, argument]);
+            let mut long = vec![case, argument];
+            long.extend((0..150_u8).map(|i| i.wrapping_mul(7) | 0x80));
+            all.push(long);
+        }
+    }
+    all
+}
+
+/// How often each name was invoked.
+fn invocations(answers: &[Answer], names: &[String]) -> u64 {
+    answers
+        .iter()
+        .flat_map(|a| &a.invoked)
+        .filter(|(name, _)| names.contains(name))
+        .count() as u64
+}
+
+#[test]
+fn patched_callers_answer_as_before() {
+    let dir = TempDir::new().expect("a directory");
+    let requests = requests();
+    let mut kinds = std::collections::BTreeMap::new();
+    for build in matrix("gcc", "clang") {
+        let library = compile(&dir, "caller.c", &build);
+        let map = analyse(&std::fs::read(&library).expect("the compiler wrote it"))
+            .unwrap_or_else(|error| panic!("{build}: {error}"));
+        let alone = ALONE
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut live = Live::load(&library);
+        let before = live.serve(&requests);
+        assert!(before.iter().any(|a| a.code == -1) && before.iter().any(|a| a.code == 0));
+
+        live.patch(&map);
+        let calls = hooked();
+        assert_eq!(live.serve(&requests), before, "{build}: patched, hook off");
+        assert_eq!(hooked(), calls, "{build}: the hook's flag was off");
+        for (index, site) in map.all_sites().iter().enumerate() {
+            let names: Vec<String> = site.names.iter().map(|n| n.text.clone()).collect();
+            let expected = invocations(&before, &names);
+            assert!(
+                expected > 0,
+                "{build}: no request makes the RPC to {names:?}"
+            );
+            assert_eq!(
+                live.count(index),
+                expected,
+                "{build}: {} {names:?}",
+                site.at
+            );
+            *kinds.entry(format!("{:?}", site.kind)).or_insert(0) += expected;
+        }
+
+        live.set_hook(true);
+        assert_eq!(live.serve(&requests), before, "{build}: patched, hook on");
+        assert_eq!(hooked() - calls, requests.len() as u64, "{build}: the hook");
+
+        live.revert();
+        let passed: Vec<u64> = (0..live.sites.len()).map(|i| live.count(i)).collect();
+        assert_eq!(live.serve(&requests), before, "{build}: reverted");
+        let after: Vec<u64> = (0..live.sites.len()).map(|i| live.count(i)).collect();
+        assert_eq!(after, passed, "{build}: no site leads to a stub any more");
+        drop(alone);
+    }
+    for kind in [
+        SiteKind::Call,
+        SiteKind::TailJump,
+        SiteKind::ThunkCall,
+        SiteKind::ThunkJump,
+    ] {
+        assert!(
+            kinds.contains_key(&format!("{kind:?}")),
+            "no {kind:?} ran: {kinds:?}"
+        );
+    }
+}
