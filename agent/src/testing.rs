@@ -479,3 +479,42 @@ impl FakeProc {
         fake
     }
 }
+
+/// An agent on a real socket, with a patcher that touches nothing.
+pub(crate) struct FakeServer {
+    pub(crate) socket: PathBuf,
+    pub(crate) grafter: std::sync::Arc<FakeGrafter>,
+    _proc: FakeProc,
+    _dir: tempfile::TempDir,
+    _socket: crate::socket::AgentSocket,
+    _stop: tokio::sync::oneshot::Sender<()>,
+}
+
+impl FakeServer {
+    pub(crate) fn start(proc: FakeProc, grafter: FakeGrafter) -> Self {
+        Self::start_for(proc, grafter, vec![nix::unistd::geteuid().as_raw()])
+    }
+
+    pub(crate) fn start_for(proc: FakeProc, grafter: FakeGrafter, allowed: Vec<u32>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent.sock");
+        let (socket, listener) = crate::socket::bind(&path).unwrap();
+        let listener = tokio::net::UnixListener::from_std(listener).unwrap();
+        let grafter = std::sync::Arc::new(grafter);
+        let (driver, _thread) = crate::driver::start(grafter.clone(), proc.root()).unwrap();
+        let mut agent = crate::server::Agent::new(grafter.clone(), driver, proc.root(), None);
+        agent.allowed_uids = allowed;
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        tokio::spawn(crate::server::serve(listener, agent, async move {
+            let _ = stopped.await;
+        }));
+        Self {
+            socket: path,
+            grafter,
+            _proc: proc,
+            _dir: dir,
+            _socket: socket,
+            _stop: stop,
+        }
+    }
+}

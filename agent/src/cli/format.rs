@@ -6,14 +6,14 @@ use crate::api::MAX_CANARY_WAIT_MS;
 
 /// A duration of `ns` nanoseconds with three significant digits.
 #[must_use]
-pub fn nanos(ns: u64) -> String {
+pub(super) fn nanos(ns: u64) -> String {
     #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
     nanos_f64(ns as f64)
 }
 
 /// As [`nanos`], for a mean.
 #[must_use]
-pub fn nanos_f64(ns: f64) -> String {
+pub(super) fn nanos_f64(ns: f64) -> String {
     let (value, unit) = match ns {
         ns if ns < 1e3 => (ns, "ns"),
         ns if ns < 1e6 => (ns / 1e3, "µs"),
@@ -30,7 +30,7 @@ pub fn nanos_f64(ns: f64) -> String {
 
 /// A number of bytes with its unit.
 #[must_use]
-pub fn bytes(count: u64) -> String {
+pub(super) fn bytes(count: u64) -> String {
     #[expect(clippy::cast_precision_loss, reason = "one decimal is shown")]
     let value = count as f64;
     match count {
@@ -42,7 +42,7 @@ pub fn bytes(count: u64) -> String {
 
 /// A count with separators between thousands.
 #[must_use]
-pub fn count(number: u64) -> String {
+pub(super) fn count(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::with_capacity(digits.len() + digits.len() / 3);
     for (index, digit) in digits.chars().enumerate() {
@@ -56,7 +56,7 @@ pub fn count(number: u64) -> String {
 
 /// Text from a worker, its control characters shown and not obeyed.
 #[must_use]
-pub fn clean(text: &str) -> String {
+pub(super) fn clean(text: &str) -> String {
     let mut cleaned = String::with_capacity(text.len());
     for c in text.chars() {
         if c.is_control() {
@@ -70,13 +70,13 @@ pub fn clean(text: &str) -> String {
 
 /// As [`clean`], line by line.
 #[must_use]
-pub fn clean_lines(text: &str) -> String {
+pub(super) fn clean_lines(text: &str) -> String {
     text.lines().map(|line| clean(line) + "\n").collect()
 }
 
 /// Bytes as hex, in pairs.
 #[must_use]
-pub fn hex_pairs(hex: &str) -> String {
+pub(super) fn hex_pairs(hex: &str) -> String {
     let digits: Vec<char> = hex.chars().filter(|c| !c.is_whitespace()).collect();
     let pairs: Vec<String> = digits.chunks(2).map(|pair| pair.iter().collect()).collect();
     clean(&pairs.join(" "))
@@ -87,7 +87,7 @@ pub fn hex_pairs(hex: &str) -> String {
 ///
 /// # Errors
 /// A sentence that says what would be understood.
-pub fn parse_duration(text: &str) -> Result<Duration, String> {
+pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
     let (number, scale) = match (text.strip_suffix("ms"), text.strip_suffix('s')) {
         (Some(number), _) => (number, 1e-3),
         (None, Some(number)) => (number, 1.0),

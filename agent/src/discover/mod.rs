@@ -19,6 +19,8 @@ pub mod docker;
 pub mod matching;
 pub mod proc;
 mod scan;
+#[cfg(test)]
+mod tests;
 
 use std::path::PathBuf;
 

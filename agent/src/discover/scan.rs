@@ -82,7 +82,8 @@ pub fn scan(proc_root: &ProcRoot) -> Result<Node, AgentError> {
             Err(error) => notes.push(format!("worker {pid} was left out: {error}")),
         }
     }
-    functions.sort_by(|a, b| (a.engine, a.id, &a.name).cmp(&(b.engine, b.id, &b.name)));
+    let key = |f: &Function| (f.engine.is_none(), f.engine, f.id, f.name.clone());
+    functions.sort_by_key(key);
     Ok(Node { functions, notes })
 }
 

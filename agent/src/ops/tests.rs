@@ -1,1 +1,559 @@
+//! The operations against a patcher that touches nothing.
 
+use std::time::Duration;
+
+use super::*;
+use crate::api::{
+    EdgeRequest, PatchOutcome, PatchReport, PatchRequest, ProofVerdict, RevertOutcome,
+};
+use crate::discover::scan;
+use crate::error::AgentError;
+use crate::testing::{
+    BROKEN, FakeClock, FakeGrafter, FakeProc, FakeProcess, FakeWorker, IDLE, Moment, PROVEN,
+    STARTING, graft, living, refusal,
+};
+
+/// The example node with a patcher that knows its workers.
+struct Bench {
+    proc: FakeProc,
+    grafter: FakeGrafter,
+    clock: FakeClock,
+}
+
+fn bench(foo: [FakeWorker; 2]) -> Bench {
+    let [first, second] = foo;
+    Bench {
+        proc: FakeProc::example(),
+        grafter: FakeGrafter::new([(11, first), (12, second), (21, living(&[]))]),
+        clock: FakeClock::new(),
+    }
+}
+
+impl Bench {
+    fn patch(&self) -> Result<PatchReport, AgentError> {
+        self.patch_edge("foo", "bar")
+    }
+
+    fn patch_edge(&self, caller: &str, callee: &str) -> Result<PatchReport, AgentError> {
+        let request = PatchRequest {
+            caller: caller.to_owned(),
+            callee: callee.to_owned(),
+            engine: None,
+            canary_wait_ms: 2_000,
+        };
+        let root = self.proc.root();
+        let context = Context {
+            grafter: &self.grafter,
+            clock: &self.clock,
+            proc_root: &root,
+        };
+        patch(&context, &scan(&root).unwrap(), &request)
+    }
+
+    fn revert(&self, callee: &str) -> Result<crate::api::RevertReport, AgentError> {
+        let root = self.proc.root();
+        let context = Context {
+            grafter: &self.grafter,
+            clock: &self.clock,
+            proc_root: &root,
+        };
+        revert(&context, &scan(&root).unwrap(), &edge("Foo", callee))
+    }
+}
+
+fn edge(caller: &str, callee: &str) -> EdgeRequest {
+    EdgeRequest {
+        caller: caller.to_owned(),
+        callee: callee.to_owned(),
+        engine: None,
+    }
+}
+
+fn outcomes(report: &PatchReport) -> Vec<(i32, &PatchOutcome)> {
+    report
+        .workers
+        .iter()
+        .map(|worker| (worker.pid, &worker.outcome))
+        .collect()
+}
+
+fn fused() -> FakeWorker {
+    FakeWorker {
+        grafts: vec![graft("Bar", PROVEN)],
+        ..living(&[])
+    }
+}
+
+#[test]
+fn one_worker_is_patched_and_proven_before_the_rest() {
+    let bench = bench([living(&[IDLE, STARTING, PROVEN]), living(&[PROVEN])]);
+    let report = bench.patch().unwrap();
+    assert_eq!(
+        (report.caller.as_str(), report.callee.as_str()),
+        ("Foo", "Bar")
+    );
+    assert_eq!(
+        outcomes(&report),
+        [(11, &PatchOutcome::Fused), (12, &PatchOutcome::Fused)]
+    );
+    assert_eq!(
+        bench.grafter.log(),
+        ["patch 11 from 21", "patch 12 from 21"]
+    );
+    assert_eq!(
+        report.workers.iter().map(|w| w.canary).collect::<Vec<_>>(),
+        [true, false]
+    );
+    let proof = report.workers[0].proof.as_ref().unwrap();
+    assert_eq!(
+        (proof.verdict, proof.fused_calls, proof.rpc_calls),
+        (ProofVerdict::Proven, 12, 4)
+    );
+    assert_eq!(
+        bench.clock.slept(),
+        Duration::from_millis(20),
+        "two looks were not enough"
+    );
+    assert!(!report.already);
+}
+
+#[test]
+fn nobody_calls_and_that_is_no_failure() {
+    let bench = bench([living(&[IDLE]), living(&[IDLE])]);
+    let report = bench.patch().unwrap();
+    let verdicts: Vec<_> = report
+        .workers
+        .iter()
+        .map(|w| w.proof.as_ref().unwrap().verdict)
+        .collect();
+    assert_eq!(verdicts, [ProofVerdict::Idle, ProofVerdict::Idle]);
+    assert_eq!(
+        bench.clock.slept(),
+        Duration::from_secs(4),
+        "the bound, for each stage"
+    );
+}
+
+#[test]
+fn a_canary_whose_callee_fails_is_reverted_and_the_rest_left_alone() {
+    let bench = bench([living(&[STARTING, BROKEN]), living(&[PROVEN])]);
+    let error = bench.patch().unwrap_err();
+    assert_eq!(error.code(), "canary-failed");
+    assert_eq!(
+        error.to_string(),
+        "the first worker (pid 11) did not prove well and was reverted: Bar failed to \
+         initialise: faas_init returned 1"
+    );
+    assert_eq!(bench.grafter.log(), ["patch 11 from 21", "revert 11"]);
+    let AgentError::CanaryFailed { report, .. } = error else {
+        panic!("{error}")
+    };
+    assert_eq!(report.workers[1].outcome, PatchOutcome::NotTried);
+    assert_eq!(report.not_fused(), 2);
+}
+
+#[test]
+fn a_canary_that_never_runs_fused_is_reverted_at_the_bound() {
+    let starved = Moment {
+        state: crate::grafter::CalleeState::Ready,
+        fused: 0,
+        not_ready: 50,
+    };
+    let bench = bench([living(&[starved]), living(&[PROVEN])]);
+    let error = bench.patch().unwrap_err();
+    assert_eq!(error.code(), "canary-failed");
+    assert_eq!(bench.clock.slept(), Duration::from_secs(2));
+    assert_eq!(bench.grafter.log(), ["patch 11 from 21", "revert 11"]);
+}
+
+#[test]
+fn a_canary_that_dies_while_watched_stops_the_rest() {
+    let dying = FakeWorker {
+        dies_after_moments: true,
+        ..living(&[STARTING, STARTING])
+    };
+    let bench = bench([dying, living(&[PROVEN])]);
+    let error = bench.patch().unwrap_err();
+    assert!(
+        error.to_string().contains("exited while it was watched"),
+        "{error}"
+    );
+    assert_eq!(bench.grafter.log(), ["patch 11 from 21"]);
+}
+
+#[test]
+fn a_canary_that_can_not_be_reverted_has_its_gate_off() {
+    let stuck = FakeWorker {
+        revert_error: Some(GraftError::Failed("no stop within 1 s".to_owned())),
+        ..living(&[BROKEN])
+    };
+    let bench = bench([stuck, living(&[PROVEN])]);
+    let error = bench.patch().unwrap_err();
+    assert_eq!(
+        bench.grafter.log(),
+        ["patch 11 from 21", "revert 11", "gate 11 false"]
+    );
+    let AgentError::CanaryFailed { why, .. } = &error else {
+        panic!("{error}")
+    };
+    assert!(why.ends_with(
+        "it could not be reverted: no stop within 1 s; its gate is off: calls take the RPC"
+    ));
+}
+
+#[test]
+fn a_worker_that_exits_in_its_patch_is_reported_and_the_others_go_on() {
+    let dying = FakeWorker {
+        dies_in_patch: true,
+        ..living(&[])
+    };
+    let bench = bench([dying, living(&[PROVEN])]);
+    let report = bench.patch().unwrap();
+    assert_eq!(
+        outcomes(&report),
+        [(11, &PatchOutcome::Gone), (12, &PatchOutcome::Fused)]
+    );
+    assert!(report.workers[1].canary, "the next one takes its place");
+    assert_eq!(report.notes, ["exited meanwhile: workers 11"]);
+}
+
+#[test]
+fn when_all_workers_exit_nothing_was_done() {
+    let dying = || FakeWorker {
+        dies_in_patch: true,
+        ..living(&[])
+    };
+    let error = bench([dying(), dying()]).patch().unwrap_err();
+    assert_eq!(error.code(), "worker-gone");
+}
+
+#[test]
+fn a_refusal_is_the_answer_and_nobody_else_is_tried() {
+    let refusing = || FakeWorker {
+        refuse_plan: true,
+        ..living(&[])
+    };
+    let bench = bench([refusing(), refusing()]);
+    let error = bench.patch().unwrap_err();
+    assert_eq!(error.code(), "no-site");
+    assert_eq!(error.to_string(), refusal().to_string());
+    assert_eq!(error.hint(), Some(refusal().lift().to_owned()));
+    assert_eq!(bench.grafter.log(), ["patch 11 from 21"]);
+}
+
+#[test]
+fn another_build_that_is_refused_keeps_the_first_from_being_touched() {
+    let other = FakeWorker {
+        refuse_plan: true,
+        build_id: "other".to_owned(),
+        ..living(&[])
+    };
+    let bench = bench([living(&[PROVEN]), other]);
+    assert_eq!(bench.patch().unwrap_err().code(), "no-site");
+    assert_eq!(bench.grafter.log(), Vec::<String>::new());
+}
+
+#[test]
+fn a_later_failure_is_reported_beside_what_was_done() {
+    let failing = FakeWorker {
+        patch_error: Some(GraftError::Failed("no memory near the site".to_owned())),
+        ..living(&[])
+    };
+    let bench = bench([living(&[PROVEN]), failing]);
+    let error = bench.patch().unwrap_err();
+    assert_eq!(error.code(), "graft-failed");
+    assert_eq!(
+        error.to_string(),
+        "1 of 2 workers of Foo are not fused: no memory near the site"
+    );
+    let AgentError::PatchIncomplete { report, .. } = error else {
+        panic!("{error}")
+    };
+    assert_eq!(report.workers[0].outcome, PatchOutcome::Fused, "it stays");
+}
+
+#[test]
+fn a_later_worker_that_does_not_prove_is_reverted_alone() {
+    let bench = bench([living(&[PROVEN]), living(&[BROKEN])]);
+    let error = bench.patch().unwrap_err();
+    assert_eq!(error.code(), "unproven");
+    assert_eq!(
+        bench.grafter.log(),
+        ["patch 11 from 21", "patch 12 from 21", "revert 12"]
+    );
+}
+
+#[test]
+fn patching_again_says_so_and_does_nothing() {
+    let report = bench([fused(), fused()]).patch().unwrap();
+    assert!(report.already);
+    assert_eq!(
+        outcomes(&report),
+        [(11, &PatchOutcome::Already), (12, &PatchOutcome::Already)]
+    );
+}
+
+#[test]
+fn a_new_worker_beside_a_fused_one_is_the_canary() {
+    let bench = bench([fused(), living(&[PROVEN])]);
+    let report = bench.patch().unwrap();
+    assert!(!report.already);
+    assert_eq!(
+        outcomes(&report),
+        [(11, &PatchOutcome::Already), (12, &PatchOutcome::Fused)]
+    );
+    assert!(report.workers[1].canary);
+}
+
+#[test]
+fn a_traced_worker_is_refused_by_name_before_any_is_touched() {
+    let bench = bench([living(&[PROVEN]), living(&[PROVEN])]);
+    bench.proc.add(&FakeProcess {
+        pid: 12,
+        argv: &["/nightcore/func_worker_v1", "/functions/libfoo.so"],
+        env: &["FAAS_FUNC_ID=1", "FAAS_FPROCESS_ID=1"],
+        tracer: 77,
+        ..FakeProcess::default()
+    });
+    bench.proc.add(&FakeProcess {
+        pid: 77,
+        argv: &["gdb"],
+        ..FakeProcess::default()
+    });
+    let error = bench.patch().unwrap_err();
+    assert_eq!(error.code(), "worker-traced");
+    assert_eq!(error.to_string(), "worker 12 is traced by worker (pid 77)");
+    assert_eq!(
+        error.hint().unwrap(),
+        "detach the tracer (pid 77) and try again"
+    );
+    assert_eq!(bench.grafter.log(), Vec::<String>::new());
+}
+
+#[test]
+fn a_missing_capability_is_named_with_its_flag() {
+    let bench = bench([living(&[PROVEN]), living(&[PROVEN])]);
+    let me = bench.proc.add(&FakeProcess {
+        pid: 5,
+        argv: &["agent"],
+        ..FakeProcess::default()
+    });
+    std::os::unix::fs::symlink("5", me.parent().unwrap().join("self")).unwrap();
+    std::fs::write(me.join("status"), "CapEff:\t00000000a80425fb\n").unwrap();
+    let error = bench.patch().unwrap_err();
+    assert_eq!(error.code(), "missing-capability");
+    assert_eq!(
+        error.to_string(),
+        "the agent lacks CAP_SYS_PTRACE, needed to read and patch workers of other containers"
+    );
+    assert!(error.hint().unwrap().contains("--cap-add SYS_PTRACE"));
+    assert_eq!(bench.grafter.log(), Vec::<String>::new());
+    let missing = missing_capabilities(&bench.proc.root());
+    assert_eq!(missing[1].flag, "--pid=host");
+}
+
+#[test]
+fn functions_that_can_not_be_fused_say_why() {
+    let bench = bench([living(&[PROVEN]), living(&[PROVEN])]);
+    let code = |caller, callee| {
+        bench
+            .patch_edge(caller, callee)
+            .unwrap_err()
+            .code()
+            .to_owned()
+    };
+    assert_eq!(code("Fo", "Bar"), "unknown-function");
+    assert_eq!(code("Foo", "Baz"), "no-workers");
+    assert_eq!(code("Baz", "Bar"), "no-workers");
+    assert_eq!(code("Foo", "gopher"), "not-native");
+    assert_eq!(code("Gopher", "Bar"), "not-native");
+    assert_eq!(bench.grafter.log(), Vec::<String>::new());
+}
+
+#[test]
+fn a_callee_s_worker_that_exits_is_replaced_by_the_next() {
+    let bench = bench([living(&[PROVEN]), living(&[PROVEN])]);
+    bench.proc.add(&FakeProcess {
+        pid: 22,
+        argv: &["/nightcore/func_worker_v1", "/functions/libbar.so"],
+        env: &["FAAS_FUNC_ID=2", "FAAS_FPROCESS_ID=1"],
+        start_time: 9_000,
+        ..FakeProcess::default()
+    });
+    let report = bench.patch().unwrap();
+    assert_eq!(report.not_fused(), 0);
+    assert_eq!(
+        bench.grafter.log(),
+        ["patch 11 from 21", "patch 12 from 21"]
+    );
+}
+
+#[test]
+fn revert_restores_all_and_says_what_was_there() {
+    let bench = bench([fused(), living(&[])]);
+    let report = bench.revert("bar").unwrap();
+    assert!(!report.nothing);
+    let outcomes: Vec<_> = report.workers.iter().map(|w| w.outcome.clone()).collect();
+    assert_eq!(outcomes, [RevertOutcome::Restored, RevertOutcome::Nothing]);
+    assert_eq!(report.workers[0].fused_calls, Some(12));
+    assert_eq!(bench.grafter.log(), ["revert 11", "revert 12"]);
+}
+
+#[test]
+fn nothing_to_revert_is_no_failure() {
+    let report = bench([living(&[]), living(&[])]).revert("Bar").unwrap();
+    assert!(report.nothing);
+}
+
+#[test]
+fn a_callee_that_left_the_configuration_can_still_be_reverted() {
+    let old = FakeWorker {
+        grafts: vec![graft("Retired", PROVEN)],
+        ..living(&[])
+    };
+    let bench = bench([old, living(&[])]);
+    assert_eq!(bench.revert("retired").unwrap().callee, "Retired");
+    assert_eq!(
+        bench.revert("Nonesuch").unwrap_err().code(),
+        "unknown-function"
+    );
+}
+
+#[test]
+fn a_worker_that_can_not_be_stopped_gets_its_gate_off_and_the_others_go_on() {
+    let traced = GraftError::TracedBy {
+        pid: 11,
+        tracer_pid: 77,
+        tracer_name: "gdb".to_owned(),
+    };
+    let bench = bench([
+        FakeWorker {
+            revert_error: Some(traced),
+            ..fused()
+        },
+        fused(),
+    ]);
+    let error = bench.revert("Bar").unwrap_err();
+    assert_eq!(error.code(), "worker-traced");
+    assert_eq!(
+        error.to_string(),
+        "1 of 2 workers of Foo are not reverted: worker 11 is traced by gdb (pid 77) (its gate \
+         is off: calls take the RPC)"
+    );
+    assert_eq!(
+        bench.grafter.log(),
+        ["revert 11", "gate 11 false", "revert 12"]
+    );
+}
+
+#[test]
+fn explain_plans_and_touches_nothing() {
+    let bench = bench([living(&[]), living(&[])]);
+    let root = bench.proc.root();
+    let context = Context {
+        grafter: &bench.grafter,
+        clock: &bench.clock,
+        proc_root: &root,
+    };
+    let plan = explain(&context, &scan(&root).unwrap(), &edge("foo", "BAR")).unwrap();
+    assert_eq!(plan.text, "map Bar of 21 into 11");
+    assert_eq!((plan.caller_pid, plan.callee_pid), (11, 21));
+    assert_eq!(bench.grafter.log(), Vec::<String>::new());
+}
+
+#[test]
+fn explain_tells_of_workers_of_different_builds() {
+    let other = FakeWorker {
+        build_id: "other".to_owned(),
+        ..living(&[])
+    };
+    let bench = bench([living(&[]), other]);
+    let root = bench.proc.root();
+    let context = Context {
+        grafter: &bench.grafter,
+        clock: &bench.clock,
+        proc_root: &root,
+    };
+    let plan = explain(&context, &scan(&root).unwrap(), &edge("Foo", "Bar")).unwrap();
+    let builds = format!("{}, other", "ab".repeat(20));
+    assert_eq!(
+        plan.notes,
+        [format!("workers of Foo run different builds: {builds}")]
+    );
+}
+
+#[test]
+fn status_sums_over_an_edge_s_workers() {
+    let mut slow = graft("Bar", PROVEN);
+    slow.counters.fused_calls = 3_000;
+    slow.counters.fused_ns_mean = Some(60.0);
+    let mut fast = graft("Bar", PROVEN);
+    fast.counters.fused_calls = 1_000;
+    fast.counters.fused_ns_mean = Some(20.0);
+    fast.counters.fused_errors = 7;
+    let with = |graft| FakeWorker {
+        grafts: vec![graft],
+        ..living(&[])
+    };
+    let bench = bench([with(slow), with(fast)]);
+    let root = bench.proc.root();
+    let context = Context {
+        grafter: &bench.grafter,
+        clock: &bench.clock,
+        proc_root: &root,
+    };
+    let status = status(&context, scan(&root).unwrap());
+    let [edge] = status.edges.as_slice() else {
+        panic!("{status:?}")
+    };
+    assert_eq!((edge.caller.as_str(), edge.callee.as_str()), ("Foo", "Bar"));
+    assert_eq!(
+        (edge.totals.fused_calls, edge.totals.fused_errors),
+        (4_000, 7)
+    );
+    assert_eq!(edge.totals.rpc_calls, 8);
+    assert_eq!(edge.totals.fused_ns_mean, Some(50.0));
+}
+
+#[test]
+fn ps_shows_what_is_fused_and_leaves_out_the_dead() {
+    let bench = bench([
+        fused(),
+        FakeWorker {
+            gone: true,
+            ..living(&[])
+        },
+    ]);
+    let root = bench.proc.root();
+    let context = Context {
+        grafter: &bench.grafter,
+        clock: &bench.clock,
+        proc_root: &root,
+    };
+    let names = [(
+        "c".repeat(64),
+        crate::discover::docker::Description {
+            name: Some("foo-1".to_owned()),
+            ..Default::default()
+        },
+    )];
+    let ps = ps(
+        &context,
+        scan(&root).unwrap(),
+        &names.into_iter().collect(),
+        None,
+    );
+    let foo = &ps.functions[0];
+    assert_eq!(foo.workers.len(), 1);
+    assert_eq!(
+        foo.workers[0].build_id.as_deref(),
+        Some("ab".repeat(20).as_str())
+    );
+    assert_eq!(foo.workers[0].fused[0].callee, "Bar");
+    let container = foo.workers[0].container.as_ref().unwrap();
+    assert_eq!(container.name.as_deref(), Some("foo-1"));
+    assert!(
+        ps.functions[2].workers.is_empty(),
+        "functions without workers are listed"
+    );
+}

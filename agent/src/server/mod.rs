@@ -368,3 +368,6 @@ fn http_status(error: &AgentError) -> StatusCode {
         | AgentError::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
+
+#[cfg(test)]
+mod tests;
