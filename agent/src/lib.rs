@@ -22,6 +22,7 @@ pub mod driver;
 pub mod error;
 pub mod factory;
 pub mod grafter;
+pub mod live;
 pub mod ops;
 pub mod select;
 pub mod server;

@@ -9,7 +9,7 @@
 //!          .quad bridge_entry                   jne slow
 //!                                         fast: <displaced>
 //!  The bridge finds                             jmp behind the window
-//!    [rsp]   the target                   slow: save; call [hook]; restore
+//!    [rsp]   the target                   slow: save; call hook(slot, flag); restore
 //!    [rsp+8] the return address                 jmp fast
 //! ```
 //!
@@ -76,8 +76,10 @@ pub enum Tail {
     Hook {
         /// Address of a byte.
         flag: u64,
-        /// Address of a function without arguments that leaves the vector
-        /// registers alone. It is called with an aligned stack.
+        /// Address of a function `hook(return_slot, flag)`: where the entered
+        /// function's return address lies, and the address of the flag. It is
+        /// called with an aligned stack and may change vector registers, which
+        /// hold no argument of a function that takes none.
         hook: u64,
     },
 }
@@ -307,6 +309,17 @@ impl Window {
         slow.push(copy(Register::RBP, Register::RSP)?);
         slow.push(
             Instruction::with2(Opcode::And_rm64_imm8, Register::RSP, -16)
+                .map_err(|e| cannot(&Instruction::default(), 0, &e))?,
+        );
+        // The hook is told where the function's return address lies, behind
+        // what was pushed, and which flag was set.
+        let slot = MemoryOperand::with_base_displ(Register::RBP, 8 * (saved.len() as i64 + 1));
+        slow.push(
+            Instruction::with2(Opcode::Lea_r64_m, Register::RDI, slot)
+                .map_err(|e| cannot(&Instruction::default(), 0, &e))?,
+        );
+        slow.push(
+            Instruction::with2(Opcode::Mov_r64_imm64, Register::RSI, flag)
                 .map_err(|e| cannot(&Instruction::default(), 0, &e))?,
         );
         let mut restore = vec![

@@ -12,6 +12,7 @@ mod step;
 mod value;
 
 use std::cell::RefCell;
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::rc::Rc;
 
@@ -65,6 +66,9 @@ struct Run<'c, 'a> {
     work: BTreeSet<u64>,
     decoded: HashMap<usize, Rc<[Instruction]>>,
     followed: HashSet<u64>,
+    /// Where the states of indirect jumps through one table (or through an
+    /// unknown one) of an extent meet.
+    hubs: HashMap<(usize, Option<u64>), (State, u32)>,
     budget: usize,
 }
 
@@ -100,6 +104,7 @@ impl<'a> Code<'a> {
             work: BTreeSet::new(),
             decoded: HashMap::new(),
             followed: HashSet::new(),
+            hubs: HashMap::new(),
             budget: 0,
         };
         run.budget = 20_000 + 64 * run.instructions(root).len();
@@ -374,9 +379,7 @@ impl<'a> Run<'_, 'a> {
             }
             FlowControl::IndirectBranch => {
                 if merge {
-                    for to in self.switch_targets(instruction, extent, state, machine) {
-                        self.jump(to, extent, state, machine);
-                    }
+                    self.switch(instruction, extent, state, machine);
                 }
                 return false;
             }
@@ -426,30 +429,58 @@ impl<'a> Run<'_, 'a> {
         self.merge(to, state, machine);
     }
 
-    fn switch_targets(
+    /// An indirect jump: a switch, as far as it stays within the function.
+    fn switch(
         &mut self,
         instruction: &Instruction,
         extent: usize,
         state: &State,
         machine: &mut Machine<'a>,
-    ) -> Vec<u64> {
-        let code = self.code;
+    ) {
         let value = if instruction.op0_kind() == OpKind::Memory {
             let place = machine.place(state, instruction);
             machine.load(state, place)
         } else {
             machine.operand(state, instruction, 0)
         };
+        let table = match value {
+            Value::Label(base) => Some(base),
+            Value::Field(_) | Value::Global(_) | Value::Parameter(_) | Value::Import => return,
+            // Which table it was is lost: every one of this function.
+            _ => None,
+        };
+        // Interpreters have hundreds of jumps with hundreds of targets each:
+        // states meet before they part.
+        let hub = self.hubs.entry((extent, table));
+        let state = match hub {
+            Entry::Occupied(mut known) => {
+                let (known, changes) = known.get_mut();
+                if !known.join(state, &mut machine.sets, *changes > WIDEN_AFTER) {
+                    return;
+                }
+                *changes += 1;
+                known.clone()
+            }
+            Entry::Vacant(new) => {
+                new.insert((state.clone(), 0));
+                state.clone()
+            }
+        };
+        for to in self.switch_targets(extent, table) {
+            self.jump(to, extent, &state, machine);
+        }
+    }
+
+    fn switch_targets(&mut self, extent: usize, table: Option<u64>) -> Vec<u64> {
+        let code = self.code;
         let all = |base: u64| match code.labels.table(base) {
             Some(targets) => targets.to_vec(),
             None => code.absolute_table(base),
         };
         let range = code.extents[extent].start..code.extents[extent].end;
-        let mut targets = match value {
-            Value::Label(base) => all(base),
-            Value::Field(_) | Value::Global(_) | Value::Parameter(_) | Value::Import => Vec::new(),
-            _ => {
-                // Which table it was is lost: every one of this function.
+        let mut targets = match table {
+            Some(base) => all(base),
+            None => {
                 let bases: BTreeSet<u64> = self
                     .instructions(extent)
                     .iter()
@@ -460,6 +491,8 @@ impl<'a> Run<'_, 'a> {
             }
         };
         targets.retain(|to| range.contains(to) || !code.labels.is_function(*to));
+        targets.sort_unstable();
+        targets.dedup();
         targets
     }
 }
