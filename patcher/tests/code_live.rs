@@ -7,7 +7,7 @@ mod build;
 mod live;
 
 use build::{compile, matrix};
-use live::{ALONE, Answer, Live, hooked};
+use live::{ALONE, Answer, Live, hook_was_told, hooked};
 use nightgraft_patcher::code::{SiteKind, analyse};
 use tempfile::TempDir;
 
@@ -74,6 +74,8 @@ fn patched_callers_answer_as_before() {
         live.set_hook(true);
         assert_eq!(live.serve(&requests), before, "{build}: patched, hook on");
         assert_eq!(hooked() - calls, requests.len() as u64, "{build}: the hook");
+
+        assert!(hook_was_told(&live), "{build}: the hook's arguments");
 
         live.revert();
         let passed: Vec<u64> = (0..live.sites.len()).map(|i| live.count(i)).collect();

@@ -28,6 +28,9 @@ mod sites;
 mod stub;
 mod window;
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 
 use serde::{Deserialize, Serialize};

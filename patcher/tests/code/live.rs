@@ -40,6 +40,10 @@ global_asm!(
     "add rsp, 24",
     "lea rax, [rip + {hooked}]",
     "inc qword ptr [rax]",
+    // Its arguments: where the return address lies, and the flag.
+    "mov rcx, [rdi]",
+    "mov [rax + 8], rcx",
+    "mov [rax + 16], rsi",
     "mov rax, -1",
     "mov rcx, -2",
     "mov rdx, -3",
@@ -58,8 +62,9 @@ unsafe extern "C" {
     fn code_test_hook();
 }
 
-/// Calls of the hook, of all libraries: read only under [`ALONE`].
-static mut HOOKED: u64 = 0;
+/// Calls of the hook, of all libraries, and the return address and flag that
+/// the last one was told: read only under [`ALONE`].
+static mut HOOKED: [u64; 3] = [0; 3];
 /// Code is written while nobody else runs it.
 pub(crate) static ALONE: Mutex<()> = Mutex::new(());
 
@@ -271,7 +276,26 @@ impl Live {
 /// Calls of the hook so far.
 pub(crate) fn hooked() -> u64 {
     // SAFETY: requests run only under `ALONE`, which the caller holds.
-    unsafe { (&raw const HOOKED).read_volatile() }
+    unsafe { (&raw const HOOKED).read_volatile()[0] }
+}
+
+/// Whether the last hook was told where `faas_func_call` returns to (into
+/// this program) and which flag was set.
+pub(crate) fn hook_was_told(live: &Live) -> bool {
+    // SAFETY: as for `hooked`; dladdr only reads the loader's maps.
+    unsafe {
+        let [_, back, flag] = (&raw const HOOKED).read_volatile();
+        let base = |at: *const c_void| {
+            let mut info: libc::Dl_info = std::mem::zeroed();
+            (libc::dladdr(at, &raw mut info) != 0).then_some(info.dli_fbase)
+        };
+        let expected = live
+            .entry
+            .as_ref()
+            .map(|(_, flag)| &raw const **flag as u64);
+        let here = base(code_test_hook as *const c_void);
+        here.is_some() && base(back as *const c_void) == here && expected == Some(flag)
+    }
 }
 
 fn read_code(at: u64, length: usize) -> Vec<u8> {

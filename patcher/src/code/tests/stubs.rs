@@ -1,0 +1,403 @@
+use super::disassemble;
+use crate::code::{ImageAddress, OutOfReach, StubError, Tail, Target, Window, WindowKind};
+
+const BIAS: u64 = 0x7f00_0000_0000;
+const STUB: u64 = BIAS - 0x10_0000;
+const BRIDGE: Tail = Tail::Bridge {
+    site_record: 0x1122_3344_5566_7788,
+    bridge_entry: 0x7000_dead_0000,
+};
+
+fn window(kind: WindowKind, before: &[u8], branch: u8, target: Target) -> Window {
+    Window {
+        start: ImageAddress(0x11a0),
+        before: before.to_vec(),
+        kind,
+        target,
+        branch,
+    }
+}
+
+/// The disassembly of a stub for the bridge, without its two last lines,
+/// which are always the same.
+fn bridge_stub(window: &Window) -> Vec<String> {
+    let stub = window.stub(BIAS, STUB, &BRIDGE).expect("in reach");
+    let (code, quad) = stub.bytes.split_at(stub.bytes.len() - 8);
+    assert_eq!(quad, 0x7000_dead_0000_u64.to_le_bytes());
+    let mut lines = disassemble(code, STUB);
+    let behind = STUB + code.len() as u64;
+    assert_eq!(lines.pop(), Some(format!("jmp qword ptr [{behind:X}h]")));
+    assert_eq!(lines.pop().as_deref(), Some("mov r11, 1122334455667788h"));
+    // The listing says the same, byte for byte.
+    let listed: Vec<u8> = stub.listing.iter().flat_map(|l| l.bytes.clone()).collect();
+    assert_eq!(listed, stub.bytes);
+    for line in &stub.listing {
+        assert_eq!(
+            stub.bytes[line.offset as usize..][..line.bytes.len()],
+            line.bytes
+        );
+    }
+    lines
+}
+
+#[test]
+fn gcc_o2() {
+    // mov r8, rsp; call [rbp+8]
+    let w = window(
+        WindowKind::Call,
+        &[0x49, 0x89, 0xe0, 0xff, 0x55, 0x08],
+        3,
+        Target::Memory,
+    );
+    assert_eq!(
+        bridge_stub(&w),
+        ["lea r8, [rsp+8]", "push qword ptr [rbp+8]"]
+    );
+    let stub = w.stub(BIAS, STUB, &BRIDGE).expect("in reach");
+    assert_eq!(stub.boundaries, [(0, 0), (3, 5)]);
+    let after = w.after(BIAS, STUB).expect("in reach");
+    assert_eq!(
+        disassemble(&after, BIAS + 0x11a0),
+        ["nop", "call 00007EFFFFF00000h"]
+    );
+    assert_eq!(after.len(), w.before.len());
+}
+
+#[test]
+fn clang_o2() {
+    // lea r9, [rsp+8]; call [rbx+8]
+    let bytes = [0x4c, 0x8d, 0x4c, 0x24, 0x08, 0xff, 0x53, 0x08];
+    let w = window(WindowKind::Call, &bytes, 5, Target::Memory);
+    assert_eq!(
+        bridge_stub(&w),
+        ["lea r9, [rsp+10h]", "push qword ptr [rbx+8]"]
+    );
+}
+
+#[test]
+fn gcc_o0() {
+    // mov rdi, rax; call r10
+    let w = window(
+        WindowKind::Call,
+        &[0x48, 0x89, 0xc7, 0x41, 0xff, 0xd2],
+        3,
+        Target::Register(10),
+    );
+    assert_eq!(bridge_stub(&w), ["mov rdi, rax", "push r10"]);
+}
+
+#[test]
+fn the_target_is_read_before_r11_is_lost() {
+    let w = window(
+        WindowKind::Call,
+        &[0x48, 0x89, 0xc7, 0x41, 0xff, 0xd3],
+        3,
+        Target::Register(11),
+    );
+    assert_eq!(bridge_stub(&w), ["mov rdi, rax", "push r11"]);
+    let w = window(
+        WindowKind::Call,
+        &[0x48, 0x89, 0xc7, 0x41, 0xff, 0x53, 0x10],
+        3,
+        Target::Memory,
+    );
+    assert_eq!(
+        bridge_stub(&w),
+        ["mov rdi, rax", "push qword ptr [r11+10h]"]
+    );
+}
+
+#[test]
+fn operands_on_the_stack_move_by_the_return_address() {
+    // mov [rsp+78h], rax; call [rsp+78h]: the displacement outgrows a byte
+    let bytes = [0x48, 0x89, 0x44, 0x24, 0x78, 0xff, 0x54, 0x24, 0x78];
+    let w = window(WindowKind::Call, &bytes, 5, Target::Memory);
+    assert_eq!(
+        bridge_stub(&w),
+        ["mov [rsp+80h], rax", "push qword ptr [rsp+80h]"]
+    );
+    // lea rdi, [rsp+rax*8-8]: an address, nothing is read there
+    let bytes = [0x48, 0x8d, 0x7c, 0xc4, 0xf8, 0xff, 0x14, 0x24];
+    let w = window(WindowKind::Call, &bytes, 5, Target::Memory);
+    assert_eq!(
+        bridge_stub(&w),
+        ["lea rdi, [rsp+rax*8]", "push qword ptr [rsp+8]"]
+    );
+}
+
+#[test]
+fn tail_jumps_push_nothing() {
+    // pop rbx; mov rax, [rsp-8]; jmp [rsp+20h]
+    let bytes = [0x5b, 0x48, 0x8b, 0x44, 0x24, 0xf8, 0xff, 0x64, 0x24, 0x20];
+    let w = window(WindowKind::Jump, &bytes, 6, Target::Memory);
+    assert_eq!(
+        bridge_stub(&w),
+        ["pop rbx", "mov rax, [rsp-8]", "push qword ptr [rsp+20h]"]
+    );
+    let after = w.after(BIAS, STUB).expect("in reach");
+    assert_eq!(
+        disassemble(&after, BIAS + 0x11a0),
+        [
+            "jmp 00007EFFFFF00000h",
+            "int3",
+            "int3",
+            "int3",
+            "int3",
+            "int3"
+        ]
+    );
+}
+
+#[test]
+fn rip_relative_operands_are_rebased() {
+    // lea rsi, [rip+0e6fh]; call [rip+2e00h]
+    let bytes = [
+        0x48, 0x8d, 0x35, 0x6f, 0x0e, 0, 0, 0xff, 0x15, 0, 0x2e, 0, 0,
+    ];
+    let w = window(WindowKind::Call, &bytes, 7, Target::Memory);
+    assert_eq!(
+        bridge_stub(&w),
+        ["lea rsi, [7F0000002016h]", "push qword ptr [7F0000003FADh]"]
+    );
+}
+
+#[test]
+fn retpolines_push_the_thunk_s_register() {
+    let w = window(
+        WindowKind::Call,
+        &[0xe8, 0x69, 0, 0, 0],
+        0,
+        Target::Register(0),
+    );
+    assert_eq!(bridge_stub(&w), ["push rax"]);
+    let w = window(
+        WindowKind::Jump,
+        &[0xe9, 0x69, 0, 0, 0],
+        0,
+        Target::Register(11),
+    );
+    assert_eq!(bridge_stub(&w), ["push r11"]);
+}
+
+#[test]
+fn notrack_and_bnd_are_not_pushed() {
+    // notrack bnd call [rbx+8]
+    let w = window(
+        WindowKind::Call,
+        &[0x3e, 0xf2, 0xff, 0x53, 0x08],
+        0,
+        Target::Memory,
+    );
+    assert_eq!(bridge_stub(&w), ["push qword ptr [rbx+8]"]);
+    // A segment that means something stays: call fs:[10h]
+    let w = window(
+        WindowKind::Call,
+        &[0x64, 0xff, 0x14, 0x25, 0x10, 0, 0, 0],
+        0,
+        Target::Memory,
+    );
+    assert_eq!(bridge_stub(&w), ["push qword ptr fs:[10h]"]);
+}
+
+#[test]
+fn every_filler_ends_where_the_call_ended() {
+    for length in 5..=19_u8 {
+        let mut bytes = vec![0x90; usize::from(length) - 2];
+        bytes.extend([0xff, 0xd0]);
+        let w = window(WindowKind::Call, &bytes, length - 2, Target::Register(0));
+        let after = w.after(BIAS, STUB).expect("in reach");
+        assert_eq!(after.len(), usize::from(length));
+        let lines = disassemble(&after, BIAS + 0x11a0);
+        let (call, filler) = lines.split_last().expect("not empty");
+        assert_eq!(call, "call 00007EFFFFF00000h");
+        assert!(
+            filler
+                .iter()
+                .all(|l| l.contains("nop") || l == "xchg ax, ax"),
+            "{filler:?}"
+        );
+        assert!(filler.len() <= 2, "{filler:?}");
+    }
+}
+
+#[test]
+fn the_hook_s_stub_keeps_all_registers() {
+    // push rbx; mov rbx, rdi; mov rcx, rdx
+    let bytes = [0x53, 0x48, 0x89, 0xfb, 0x48, 0x89, 0xd1];
+    let w = window(WindowKind::Entry, &bytes, 7, Target::Next);
+    let tail = Tail::Hook {
+        flag: 0x1_2345_6789,
+        hook: 0x7000_0000_1000,
+    };
+    let stub = w.stub(BIAS, STUB, &tail).expect("in reach");
+    let (code, quad) = stub.bytes.split_at(stub.bytes.len() - 8);
+    assert_eq!(quad, 0x7000_0000_1000_u64.to_le_bytes());
+    let fast = stub.boundaries[0].1;
+    let lines = disassemble(code, STUB);
+    let slow = lines
+        .iter()
+        .position(|l| l == "push rax")
+        .expect("the slow path");
+    assert_eq!(
+        lines[..slow],
+        [
+            "push r11",
+            "mov r11, 123456789h",
+            "cmp byte ptr [r11], 0",
+            "pop r11",
+            &format!("jne {:016X}h", slow_address(code)),
+            "push rbx",
+            "mov rbx, rdi",
+            "mov rcx, rdx",
+            "jmp 00007F00000011A7h",
+        ]
+    );
+    let call = lines
+        .iter()
+        .position(|l| l.starts_with("call"))
+        .expect("the call");
+    assert_eq!(
+        lines[slow..call],
+        [
+            "push rax",
+            "push rcx",
+            "push rdx",
+            "push rsi",
+            "push rdi",
+            "push r8",
+            "push r9",
+            "push r10",
+            "push r11",
+            "push rbp",
+            "mov rbp, rsp",
+            "and rsp, 0FFFFFFFFFFFFFFF0h",
+            // Behind ten saved registers lies the return address.
+            "lea rdi, [rbp+50h]",
+            "mov rsi, 123456789h"
+        ]
+    );
+    assert_eq!(
+        lines[call + 1..],
+        [
+            "mov rsp, rbp",
+            "pop rbp",
+            "pop r11",
+            "pop r10",
+            "pop r9",
+            "pop r8",
+            "pop rdi",
+            "pop rsi",
+            "pop rdx",
+            "pop rcx",
+            "pop rax",
+            &format!("jmp {:016X}h", STUB + u64::from(fast))
+        ]
+    );
+    assert_eq!(
+        stub.boundaries.iter().map(|b| b.0).collect::<Vec<_>>(),
+        [0, 1, 4, 7]
+    );
+}
+
+fn slow_address(code: &[u8]) -> u64 {
+    let push = code.iter().position(|&b| b == 0x50).expect("push rax");
+    STUB + push as u64
+}
+
+#[test]
+fn branches_at_an_entry_are_widened() {
+    // test edi, edi; je +10h; nop
+    let w = window(
+        WindowKind::Entry,
+        &[0x85, 0xff, 0x74, 0x10, 0x90],
+        5,
+        Target::Next,
+    );
+    let tail = Tail::Hook { flag: 1, hook: 2 };
+    let stub = w.stub(BIAS, STUB, &tail).expect("in reach");
+    let at = stub.boundaries[1].1 as usize;
+    assert_eq!(
+        disassemble(&stub.bytes[at..at + 6], STUB + at as u64),
+        ["je 00007F00000011B4h"]
+    );
+}
+
+#[test]
+fn what_is_out_of_reach_says_by_how_much() {
+    let w = window(
+        WindowKind::Call,
+        &[0xe8, 0x69, 0, 0, 0],
+        0,
+        Target::Register(0),
+    );
+    let end = BIAS + 0x11a5;
+    let far = end + (1 << 31);
+    assert_eq!(
+        w.after(BIAS, far),
+        Err(OutOfReach {
+            from: end,
+            to: far,
+            by: 1
+        })
+    );
+    assert_eq!(
+        OutOfReach {
+            from: end,
+            to: far,
+            by: 1
+        }
+        .to_string(),
+        "from 0x7f00000011a5 to 0x7f00800011a5 overruns rel32 by 0x1"
+    );
+    w.after(BIAS, far - 1).expect("the last byte in reach");
+    w.after(BIAS, end - (1 << 31))
+        .expect("the first byte in reach");
+    // lea rsi, [rip+0e6fh] can't be re-based that far
+    let bytes = [0x48, 0x8d, 0x35, 0x6f, 0x0e, 0, 0, 0xff, 0xd0];
+    let w = window(WindowKind::Call, &bytes, 7, Target::Register(0));
+    assert!(matches!(
+        w.stub(BIAS, BIAS + (1 << 32), &BRIDGE),
+        Err(StubError::Encode { .. })
+    ));
+}
+
+#[test]
+fn a_tail_of_another_kind_is_a_mismatch() {
+    let call = window(
+        WindowKind::Call,
+        &[0xe8, 0x69, 0, 0, 0],
+        0,
+        Target::Register(0),
+    );
+    let hook = Tail::Hook { flag: 1, hook: 2 };
+    assert_eq!(call.stub(BIAS, STUB, &hook), Err(StubError::Mismatch));
+    let entry = window(
+        WindowKind::Entry,
+        &[0x55, 0x48, 0x89, 0xe5, 0x53],
+        5,
+        Target::Next,
+    );
+    assert_eq!(entry.stub(BIAS, STUB, &BRIDGE), Err(StubError::Mismatch));
+}
+
+#[test]
+fn windows_and_stubs_serialise() {
+    let w = window(
+        WindowKind::Call,
+        &[0xe8, 0x69, 0, 0, 0],
+        0,
+        Target::Register(0),
+    );
+    let text = serde_json::to_string(&w).expect("serialises");
+    assert_eq!(
+        text,
+        r#"{"start":4512,"before":[232,105,0,0,0],"kind":"call","target":{"register":0},"branch":0}"#
+    );
+    assert_eq!(serde_json::from_str::<Window>(&text).expect("parses"), w);
+    let stub = w.stub(BIAS, STUB, &BRIDGE).expect("in reach");
+    let text = serde_json::to_string(&stub).expect("serialises");
+    assert_eq!(
+        serde_json::from_str::<crate::code::Stub>(&text).expect("parses"),
+        stub
+    );
+}
