@@ -409,7 +409,8 @@ pub struct Proof {
 pub enum ProofVerdict {
     /// The callee is ready and fused calls were counted.
     Proven,
-    /// Nobody called in the time that was watched; it is in place.
+    /// Nobody called in the time that was watched, or it was not watched; it is
+    /// in place.
     Idle,
     /// There were calls, and yet none ran fused, or the callee failed.
     Failed,

@@ -201,7 +201,8 @@ pub enum Watch {
 }
 
 /// Watches workers until each is judged, at most for `bound`, from one moment
-/// on for all of them. The results are in the order of `workers`.
+/// on for all of them. With a bound of zero a worker need only be in place. The
+/// results are in the order of `workers`.
 pub fn watch(
     grafter: &dyn Grafter,
     clock: &dyn Clock,
@@ -216,7 +217,7 @@ pub fn watch(
         let at_bound = elapsed >= bound;
         for (worker, result) in workers.iter().zip(&mut results) {
             if result.is_none() {
-                *result = look(grafter, worker, callee, elapsed, at_bound);
+                *result = look(grafter, worker, callee, elapsed, at_bound, bound.is_zero());
             }
         }
         if results.iter().all(Option::is_some) {
@@ -232,6 +233,7 @@ fn look(
     callee: &str,
     elapsed: Duration,
     at_bound: bool,
+    unwatched: bool,
 ) -> Option<Watch> {
     let status = match grafter.status(&worker.target) {
         Ok(status) => status,
@@ -248,7 +250,11 @@ fn look(
         verdict,
         ..proof(worker, now, elapsed)
     };
-    match judge(&worker.before, now, at_bound) {
+    let mut judgement = judge(&worker.before, now, at_bound && !unwatched);
+    if unwatched && judgement == Judgement::Wait {
+        judgement = Judgement::Idle;
+    }
+    match judgement {
         Judgement::Wait => None,
         Judgement::Proven => Some(Watch::Good(proof(ProofVerdict::Proven))),
         Judgement::Idle => Some(Watch::Good(proof(ProofVerdict::Idle))),

@@ -12,18 +12,22 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
 use crate::api::{EdgeRequest, PatchReport, PatchRequest, RevertReport};
 use crate::canary::SystemClock;
-use crate::discover::{ProcRoot, scan};
+use crate::discover::{ProcRoot, scan_within};
 use crate::error::AgentError;
 use crate::grafter::Grafter;
 use crate::ops::{self, Context};
 
 /// How many requests may wait.
 const QUEUE: usize = 64;
+
+/// How long the search for workers may take; it takes milliseconds.
+const SCAN_LIMIT: Duration = Duration::from_secs(20);
 
 type Reply<T> = oneshot::Sender<Result<T, AgentError>>;
 
@@ -87,12 +91,12 @@ fn run(
             // Who has gone meanwhile gets no answer; the log has what was done.
             match job {
                 Job::Patch(request, reply) => {
-                    let answer = scan(proc_root)
+                    let answer = scan_within(proc_root, SCAN_LIMIT)
                         .and_then(|node| guarded(|| ops::patch(&context, &node, &request)));
                     let _ = reply.send(answer);
                 }
                 Job::Revert(request, reply) => {
-                    let answer = scan(proc_root)
+                    let answer = scan_within(proc_root, SCAN_LIMIT)
                         .and_then(|node| guarded(|| ops::revert(&context, &node, &request)));
                     let _ = reply.send(answer);
                 }

@@ -218,7 +218,7 @@ impl AgentError {
             }
             Self::UnknownFunction { .. } => "`agentctl ps` lists the functions".to_owned(),
             Self::AmbiguousFunction { .. } => {
-                "say which one: spell its name exactly, or name its engine with --engine PID"
+                "say which one: name its engine with --engine PID, or spell its name exactly"
                     .to_owned()
             }
             Self::NoWorkers { .. } => {

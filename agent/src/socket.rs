@@ -51,7 +51,7 @@ pub enum SocketError {
         path: PathBuf,
     },
     /// The system refused something.
-    #[error("can't {operation} {}: {cause}", .path.display())]
+    #[error("can't {operation} {}: {cause}{}", .path.display(), root_text(.cause))]
     Io {
         /// What, completing "can't …".
         operation: &'static str,
@@ -60,6 +60,13 @@ pub enum SocketError {
         /// Why.
         cause: io::Error,
     },
+}
+
+fn root_text(cause: &io::Error) -> &'static str {
+    match cause.kind() {
+        io::ErrorKind::PermissionDenied => " (the agent needs root)",
+        _ => "",
+    }
 }
 
 /// A socket that this process serves; removed when dropped.

@@ -2,6 +2,8 @@
 //! sockets of dead agents, signals. What they answer in detail is tested in
 //! the crate, with a patcher that touches nothing.
 
+#![expect(clippy::unwrap_used, reason = "what fails here fails the test")]
+
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};

@@ -61,7 +61,7 @@ pub enum Command {
         #[command(flatten)]
         edge: EdgeArgs,
         /// How long to watch a patched worker for its callee to get ready and
-        /// its fused calls to count, such as 500ms or 2s (at most 60s)
+        /// its fused calls to count, such as 500ms or 2s (at most 60s; 0: not at all)
         #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_duration)]
         canary_wait: Duration,
     },

@@ -342,6 +342,7 @@ fn proof(proof: &Proof) -> String {
                 count(proof.fused_calls)
             )
         }
+        ProofVerdict::Idle if proof.waited_ms == 0 => "in place; not watched".to_owned(),
         ProofVerdict::Idle => format!("in place; nobody called in {waited}"),
         ProofVerdict::Failed => format!(
             "{}, {} fused and {} RPC calls in {waited}",

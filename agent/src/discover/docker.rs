@@ -99,4 +99,65 @@ mod tests {
                 .starts_with("no container names: Docker at /nonexistent/docker.sock")
         );
     }
+
+    /// Something that answers every request on a socket like Docker would.
+    async fn docker(body: &'static str) -> (tempfile::TempDir, DockerSocket) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("docker.sock");
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let app = axum::Router::new().fallback(move |uri: axum::http::Uri| async move {
+            let json = [(axum::http::header::CONTENT_TYPE, "application/json")];
+            match uri.path().ends_with("/containers/json") {
+                true => Ok((json, body)),
+                false => Err(axum::http::StatusCode::NOT_FOUND),
+            }
+        });
+        tokio::spawn(async move { axum::serve(listener, app).await });
+        (
+            dir,
+            DockerSocket {
+                path,
+                explicit: false,
+            },
+        )
+    }
+
+    #[tokio::test]
+    async fn containers_are_described() {
+        let body = r#"[{"Id":"abc","Names":["/foo-1"],"Image":"foo:3","Labels":{"team":"a"}},
+                       {"Id":"def"}]"#;
+        let (_dir, socket) = docker(body).await;
+        let (found, note) = describe(&socket).await;
+        assert_eq!(note, None);
+        let foo = &found["abc"];
+        assert_eq!(
+            (foo.name.as_deref(), foo.image.as_deref()),
+            (Some("foo-1"), Some("foo:3"))
+        );
+        assert_eq!(foo.labels["team"], "a");
+        assert_eq!(found["def"], Description::default());
+    }
+
+    #[tokio::test]
+    async fn nonsense_from_docker_is_a_note() {
+        let (_dir, socket) = docker("[{").await;
+        let (found, note) = describe(&socket).await;
+        assert!(found.is_empty());
+        assert!(note.unwrap().starts_with("no container names: Docker at "));
+    }
+
+    #[tokio::test]
+    async fn a_docker_that_hangs_is_a_note() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("docker.sock");
+        // Connections are taken by the backlog, and nobody ever answers.
+        let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let (found, note) = describe(&DockerSocket {
+            path,
+            explicit: false,
+        })
+        .await;
+        assert!(found.is_empty());
+        assert!(note.unwrap().starts_with("no container names: Docker at "));
+    }
 }

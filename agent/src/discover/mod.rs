@@ -16,6 +16,7 @@
 pub mod cgroup;
 pub mod config;
 pub mod docker;
+mod limited;
 pub mod matching;
 pub mod proc;
 mod scan;
@@ -27,6 +28,7 @@ use std::path::PathBuf;
 use crate::api::{Tracer, WorkerKind};
 use crate::grafter::Target;
 
+pub use limited::scan_within;
 pub use matching::Engine;
 pub use proc::ProcRoot;
 pub use scan::{own_capabilities, scan, sees_the_node, tracer_of};

@@ -75,7 +75,7 @@ pub fn scan(proc_root: &ProcRoot) -> Result<Node, AgentError> {
     for pid in worker_pids(&seen) {
         match worker(proc_root, &seen, pid) {
             Ok(Some((worker, clues))) => {
-                place(&mut functions, worker, &clues, &engines, &mut notes)
+                place(&mut functions, worker, &clues, &engines, &mut notes);
             }
             Ok(None) => {}
             Err(error) if vanished(&error) => {}

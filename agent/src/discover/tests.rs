@@ -333,3 +333,14 @@ fn a_proc_that_is_not_there_is_an_error_that_says_so() {
 fn this_machine_can_be_scanned() {
     scan(&ProcRoot::default()).unwrap();
 }
+
+#[test]
+fn a_file_that_would_hang_a_careless_reader_does_not() {
+    let fake = FakeProc::example();
+    fs::remove_file(fake.path(11).join("cmdline")).unwrap();
+    // Without a writer, to open it for reading waits for one.
+    let mode = nix::sys::stat::Mode::S_IRWXU;
+    nix::unistd::mkfifo(&fake.path(11).join("cmdline"), mode).unwrap();
+    let node = scan(&fake.root()).unwrap();
+    assert_eq!(pids(&node), [12, 21, 31]);
+}

@@ -44,7 +44,7 @@ impl Context<'_> {
     fn require_capabilities(&self) -> Result<(), GraftError> {
         match missing_capabilities(self.proc_root)
             .into_iter()
-            .find(|m| m.required())
+            .find(MissingCapability::required)
         {
             None => Ok(()),
             Some(MissingCapability {

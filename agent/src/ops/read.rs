@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::Context;
+use super::{Context, missing_capabilities};
 use crate::api::{
     Container, Edge, EdgeRequest, EdgeTotals, EdgeWorker, Explanation, Function, FusedEdge, Ps,
     Status, Worker, WorkerKind,
@@ -24,6 +24,18 @@ pub fn ps(
 ) -> Ps {
     let mut notes = node.notes;
     notes.extend(docker_note);
+    // An agent in a pid namespace of its own may well be meant to see only the
+    // node that is in there with it.
+    let lacking = missing_capabilities(context.proc_root);
+    for missing in lacking
+        .iter()
+        .filter(|m| m.required() || node.functions.is_empty())
+    {
+        notes.push(format!(
+            "the agent lacks {}, needed to {}: start it with {}",
+            missing.capability, missing.purpose, missing.flag
+        ));
+    }
     let functions = node
         .functions
         .into_iter()

@@ -27,7 +27,7 @@ use crate::api::{
 };
 use crate::canary::SystemClock;
 use crate::discover::docker::{self, DockerSocket};
-use crate::discover::{Node, ProcRoot, scan};
+use crate::discover::{Node, ProcRoot, scan_within};
 use crate::driver::DriverHandle;
 use crate::error::AgentError;
 use crate::grafter::{GraftError, Grafter};
@@ -39,6 +39,8 @@ const MAX_BODY: usize = 16 << 10;
 const BODY_LIMIT: Duration = Duration::from_secs(5);
 /// How long a request that only reads may take.
 const READ_LIMIT: Duration = Duration::from_secs(30);
+/// How long the search for workers may take; it takes milliseconds.
+const SCAN_LIMIT: Duration = Duration::from_secs(20);
 /// How long a request that changes workers may take, besides its watches.
 const WRITE_LIMIT: Duration = Duration::from_secs(120);
 /// How many requests read at the same time: /proc can hang on a hostile
@@ -119,7 +121,7 @@ impl Agent {
             let agent = self.clone();
             let task = tokio::task::spawn_blocking(move || {
                 let _permit = permit;
-                let node = scan(&agent.proc_root)?;
+                let node = scan_within(&agent.proc_root, SCAN_LIMIT)?;
                 let Agent {
                     grafter, proc_root, ..
                 } = &agent;

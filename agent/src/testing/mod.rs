@@ -1,15 +1,20 @@
 //! Stand-ins for tests: workers, a patcher that touches nothing, a clock that
 //! does not wait, a proc file system on disk.
 
+mod proc;
+mod server;
+
 use std::collections::{BTreeMap, VecDeque};
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+pub(crate) use proc::{FakeProc, FakeProcess};
+pub(crate) use server::FakeServer;
+
 use crate::api::WorkerKind;
 use crate::canary::Clock;
-use crate::discover::{Function, ProcRoot, Worker};
+use crate::discover::{Function, Worker};
 use crate::grafter::{
     CalleeState, EdgeCounters, Explained, GraftError, GraftStatus, Grafter, PatchReceipt, Refused,
     RevertReceipt, RpcReasons, SiteProof, Target, WorkerStatus,
@@ -331,190 +336,5 @@ impl Clock for FakeClock {
     }
     fn sleep(&self, duration: Duration) {
         *self.slept.lock().unwrap() += duration;
-    }
-}
-
-/// A directory that looks like `/proc`.
-pub(crate) struct FakeProc {
-    dir: tempfile::TempDir,
-}
-
-/// One process in it.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct FakeProcess<'a> {
-    pub(crate) pid: i32,
-    pub(crate) ppid: i32,
-    pub(crate) argv: &'a [&'a str],
-    pub(crate) env: &'a [&'a str],
-    pub(crate) cgroup: &'a str,
-    pub(crate) tracer: i32,
-    pub(crate) start_time: u64,
-}
-
-impl Default for FakeProcess<'_> {
-    fn default() -> Self {
-        Self {
-            pid: 1,
-            ppid: 0,
-            argv: &[],
-            env: &[],
-            cgroup: "0::/\n",
-            tracer: 0,
-            start_time: 1_000,
-        }
-    }
-}
-
-impl FakeProc {
-    pub(crate) fn new() -> Self {
-        Self {
-            dir: tempfile::tempdir().unwrap(),
-        }
-    }
-
-    pub(crate) fn root(&self) -> ProcRoot {
-        ProcRoot::at(self.dir.path())
-    }
-
-    pub(crate) fn path(&self, pid: i32) -> PathBuf {
-        self.dir.path().join(pid.to_string())
-    }
-
-    /// Lays out one process. Its root is the directory `root` in it.
-    pub(crate) fn add(&self, process: &FakeProcess<'_>) -> PathBuf {
-        let FakeProcess {
-            pid,
-            ppid,
-            argv,
-            env,
-            cgroup,
-            tracer,
-            start_time,
-        } = *process;
-        let path = self.path(pid);
-        fs::create_dir_all(path.join("root")).unwrap();
-        fs::create_dir_all(path.join("fd")).unwrap();
-        let nul = |parts: &[&str]| {
-            parts
-                .iter()
-                .flat_map(|part| [part, "\0"])
-                .collect::<String>()
-        };
-        fs::write(path.join("cmdline"), nul(argv)).unwrap();
-        fs::write(path.join("environ"), nul(env)).unwrap();
-        fs::write(path.join("cgroup"), cgroup).unwrap();
-        let stat = format!(
-            "{pid} (worker) S {ppid} {pid} {pid} 0 -1 0 0 0 0 0 0 0 0 0 20 0 2 0 {start_time} 0\n"
-        );
-        fs::write(path.join("stat"), stat).unwrap();
-        let status = format!("Name:\tworker\nTracerPid:\t{tracer}\nNSpid:\t{pid}\t8\n");
-        fs::write(path.join("status"), status).unwrap();
-        path
-    }
-
-    /// Writes a file beneath a process's root.
-    pub(crate) fn write(&self, pid: i32, path: &str, text: &str) {
-        let path = self
-            .path(pid)
-            .join("root")
-            .join(path.trim_start_matches('/'));
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, text).unwrap();
-    }
-
-    pub(crate) fn link(&self, pid: i32, name: &str, target: &str) {
-        let path = self.path(pid).join(name);
-        let _ = fs::remove_file(&path);
-        std::os::unix::fs::symlink(Path::new(target), path).unwrap();
-    }
-
-    /// A node with one engine (100), Foo with workers 11 and 12, Bar with
-    /// worker 21, Baz with none and Go's worker 31 of Gopher.
-    pub(crate) fn example() -> Self {
-        let fake = Self::new();
-        fake.add(&FakeProcess {
-            pid: 100,
-            argv: &[
-                "/nightcore/engine",
-                "--func_config_file=/etc/func_config.json",
-            ],
-            ..FakeProcess::default()
-        });
-        fake.write(
-            100,
-            "/etc/func_config.json",
-            r#"[{"funcName":"Foo","funcId":1,"minWorkers":2,"maxWorkers":4},
-                {"funcName":"Bar","funcId":2},{"funcName":"Baz","funcId":3},
-                {"funcName":"Gopher","funcId":4}]"#,
-        );
-        let group = format!("0::/docker/{}\n", "c".repeat(64));
-        for (pid, func, fprocess, library) in [
-            (11, 1, 0, "/functions/libfoo.so"),
-            (12, 1, 1, "/functions/libfoo.so"),
-            (21, 2, 0, "/functions/libbar.so"),
-        ] {
-            let id = format!("FAAS_FUNC_ID={func}");
-            let number = format!("FAAS_FPROCESS_ID={fprocess}");
-            let client = format!("FAAS_CLIENT_ID={pid}");
-            fake.add(&FakeProcess {
-                pid,
-                argv: &["/nightcore/func_worker_v1", library],
-                env: &["PATH=/bin", &id, &number, &client],
-                cgroup: &group,
-                ..FakeProcess::default()
-            });
-        }
-        fake.add(&FakeProcess {
-            pid: 30,
-            argv: &["/nightcore/launcher", "--func_id=4", "--fprocess_mode=go"],
-            ..FakeProcess::default()
-        });
-        fake.add(&FakeProcess {
-            pid: 31,
-            ppid: 30,
-            argv: &["/functions/gopher"],
-            env: &["FAAS_FUNC_ID=4", "FAAS_FPROCESS_ID=0", "FAAS_CLIENT_ID=9"],
-            ..FakeProcess::default()
-        });
-        fake
-    }
-}
-
-/// An agent on a real socket, with a patcher that touches nothing.
-pub(crate) struct FakeServer {
-    pub(crate) socket: PathBuf,
-    pub(crate) grafter: std::sync::Arc<FakeGrafter>,
-    _proc: FakeProc,
-    _dir: tempfile::TempDir,
-    _socket: crate::socket::AgentSocket,
-    _stop: tokio::sync::oneshot::Sender<()>,
-}
-
-impl FakeServer {
-    pub(crate) fn start(proc: FakeProc, grafter: FakeGrafter) -> Self {
-        Self::start_for(proc, grafter, vec![nix::unistd::geteuid().as_raw()])
-    }
-
-    pub(crate) fn start_for(proc: FakeProc, grafter: FakeGrafter, allowed: Vec<u32>) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("agent.sock");
-        let (socket, listener) = crate::socket::bind(&path).unwrap();
-        let listener = tokio::net::UnixListener::from_std(listener).unwrap();
-        let grafter = std::sync::Arc::new(grafter);
-        let (driver, _thread) = crate::driver::start(grafter.clone(), proc.root()).unwrap();
-        let mut agent = crate::server::Agent::new(grafter.clone(), driver, proc.root(), None);
-        agent.allowed_uids = allowed;
-        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        tokio::spawn(crate::server::serve(listener, agent, async move {
-            let _ = stopped.await;
-        }));
-        Self {
-            socket: path,
-            grafter,
-            _proc: proc,
-            _dir: dir,
-            _socket: socket,
-            _stop: stop,
-        }
     }
 }

@@ -1,88 +1,6 @@
-//! The operations against a patcher that touches nothing.
-
-use std::time::Duration;
+//! Patching: the canary's every way.
 
 use super::*;
-use crate::api::{
-    EdgeRequest, PatchOutcome, PatchReport, PatchRequest, ProofVerdict, RevertOutcome,
-};
-use crate::discover::scan;
-use crate::error::AgentError;
-use crate::testing::{
-    BROKEN, FakeClock, FakeGrafter, FakeProc, FakeProcess, FakeWorker, IDLE, Moment, PROVEN,
-    STARTING, graft, living, refusal,
-};
-
-/// The example node with a patcher that knows its workers.
-struct Bench {
-    proc: FakeProc,
-    grafter: FakeGrafter,
-    clock: FakeClock,
-}
-
-fn bench(foo: [FakeWorker; 2]) -> Bench {
-    let [first, second] = foo;
-    Bench {
-        proc: FakeProc::example(),
-        grafter: FakeGrafter::new([(11, first), (12, second), (21, living(&[]))]),
-        clock: FakeClock::new(),
-    }
-}
-
-impl Bench {
-    fn patch(&self) -> Result<PatchReport, AgentError> {
-        self.patch_edge("foo", "bar")
-    }
-
-    fn patch_edge(&self, caller: &str, callee: &str) -> Result<PatchReport, AgentError> {
-        let request = PatchRequest {
-            caller: caller.to_owned(),
-            callee: callee.to_owned(),
-            engine: None,
-            canary_wait_ms: 2_000,
-        };
-        let root = self.proc.root();
-        let context = Context {
-            grafter: &self.grafter,
-            clock: &self.clock,
-            proc_root: &root,
-        };
-        patch(&context, &scan(&root).unwrap(), &request)
-    }
-
-    fn revert(&self, callee: &str) -> Result<crate::api::RevertReport, AgentError> {
-        let root = self.proc.root();
-        let context = Context {
-            grafter: &self.grafter,
-            clock: &self.clock,
-            proc_root: &root,
-        };
-        revert(&context, &scan(&root).unwrap(), &edge("Foo", callee))
-    }
-}
-
-fn edge(caller: &str, callee: &str) -> EdgeRequest {
-    EdgeRequest {
-        caller: caller.to_owned(),
-        callee: callee.to_owned(),
-        engine: None,
-    }
-}
-
-fn outcomes(report: &PatchReport) -> Vec<(i32, &PatchOutcome)> {
-    report
-        .workers
-        .iter()
-        .map(|worker| (worker.pid, &worker.outcome))
-        .collect()
-}
-
-fn fused() -> FakeWorker {
-    FakeWorker {
-        grafts: vec![graft("Bar", PROVEN)],
-        ..living(&[])
-    }
-}
 
 #[test]
 fn one_worker_is_patched_and_proven_before_the_rest() {
@@ -131,6 +49,25 @@ fn nobody_calls_and_that_is_no_failure() {
         bench.clock.slept(),
         Duration::from_secs(4),
         "the bound, for each stage"
+    );
+}
+
+#[test]
+fn without_a_watch_being_in_place_is_enough() {
+    let bench = bench([living(&[STARTING]), living(&[STARTING])]);
+    let report = bench.patch_within("foo", "bar", 0).unwrap();
+    assert_eq!(
+        report.workers[0].proof.as_ref().unwrap().verdict,
+        ProofVerdict::Idle
+    );
+    assert_eq!(bench.clock.slept(), Duration::ZERO);
+
+    let bench = self::bench([living(&[BROKEN]), living(&[PROVEN])]);
+    let error = bench.patch_within("foo", "bar", 0).unwrap_err();
+    assert_eq!(
+        error.code(),
+        "canary-failed",
+        "what is known to be broken is not kept"
     );
 }
 
@@ -385,175 +322,5 @@ fn a_callee_s_worker_that_exits_is_replaced_by_the_next() {
     assert_eq!(
         bench.grafter.log(),
         ["patch 11 from 21", "patch 12 from 21"]
-    );
-}
-
-#[test]
-fn revert_restores_all_and_says_what_was_there() {
-    let bench = bench([fused(), living(&[])]);
-    let report = bench.revert("bar").unwrap();
-    assert!(!report.nothing);
-    let outcomes: Vec<_> = report.workers.iter().map(|w| w.outcome.clone()).collect();
-    assert_eq!(outcomes, [RevertOutcome::Restored, RevertOutcome::Nothing]);
-    assert_eq!(report.workers[0].fused_calls, Some(12));
-    assert_eq!(bench.grafter.log(), ["revert 11", "revert 12"]);
-}
-
-#[test]
-fn nothing_to_revert_is_no_failure() {
-    let report = bench([living(&[]), living(&[])]).revert("Bar").unwrap();
-    assert!(report.nothing);
-}
-
-#[test]
-fn a_callee_that_left_the_configuration_can_still_be_reverted() {
-    let old = FakeWorker {
-        grafts: vec![graft("Retired", PROVEN)],
-        ..living(&[])
-    };
-    let bench = bench([old, living(&[])]);
-    assert_eq!(bench.revert("retired").unwrap().callee, "Retired");
-    assert_eq!(
-        bench.revert("Nonesuch").unwrap_err().code(),
-        "unknown-function"
-    );
-}
-
-#[test]
-fn a_worker_that_can_not_be_stopped_gets_its_gate_off_and_the_others_go_on() {
-    let traced = GraftError::TracedBy {
-        pid: 11,
-        tracer_pid: 77,
-        tracer_name: "gdb".to_owned(),
-    };
-    let bench = bench([
-        FakeWorker {
-            revert_error: Some(traced),
-            ..fused()
-        },
-        fused(),
-    ]);
-    let error = bench.revert("Bar").unwrap_err();
-    assert_eq!(error.code(), "worker-traced");
-    assert_eq!(
-        error.to_string(),
-        "1 of 2 workers of Foo are not reverted: worker 11 is traced by gdb (pid 77) (its gate \
-         is off: calls take the RPC)"
-    );
-    assert_eq!(
-        bench.grafter.log(),
-        ["revert 11", "gate 11 false", "revert 12"]
-    );
-}
-
-#[test]
-fn explain_plans_and_touches_nothing() {
-    let bench = bench([living(&[]), living(&[])]);
-    let root = bench.proc.root();
-    let context = Context {
-        grafter: &bench.grafter,
-        clock: &bench.clock,
-        proc_root: &root,
-    };
-    let plan = explain(&context, &scan(&root).unwrap(), &edge("foo", "BAR")).unwrap();
-    assert_eq!(plan.text, "map Bar of 21 into 11");
-    assert_eq!((plan.caller_pid, plan.callee_pid), (11, 21));
-    assert_eq!(bench.grafter.log(), Vec::<String>::new());
-}
-
-#[test]
-fn explain_tells_of_workers_of_different_builds() {
-    let other = FakeWorker {
-        build_id: "other".to_owned(),
-        ..living(&[])
-    };
-    let bench = bench([living(&[]), other]);
-    let root = bench.proc.root();
-    let context = Context {
-        grafter: &bench.grafter,
-        clock: &bench.clock,
-        proc_root: &root,
-    };
-    let plan = explain(&context, &scan(&root).unwrap(), &edge("Foo", "Bar")).unwrap();
-    let builds = format!("{}, other", "ab".repeat(20));
-    assert_eq!(
-        plan.notes,
-        [format!("workers of Foo run different builds: {builds}")]
-    );
-}
-
-#[test]
-fn status_sums_over_an_edge_s_workers() {
-    let mut slow = graft("Bar", PROVEN);
-    slow.counters.fused_calls = 3_000;
-    slow.counters.fused_ns_mean = Some(60.0);
-    let mut fast = graft("Bar", PROVEN);
-    fast.counters.fused_calls = 1_000;
-    fast.counters.fused_ns_mean = Some(20.0);
-    fast.counters.fused_errors = 7;
-    let with = |graft| FakeWorker {
-        grafts: vec![graft],
-        ..living(&[])
-    };
-    let bench = bench([with(slow), with(fast)]);
-    let root = bench.proc.root();
-    let context = Context {
-        grafter: &bench.grafter,
-        clock: &bench.clock,
-        proc_root: &root,
-    };
-    let status = status(&context, scan(&root).unwrap());
-    let [edge] = status.edges.as_slice() else {
-        panic!("{status:?}")
-    };
-    assert_eq!((edge.caller.as_str(), edge.callee.as_str()), ("Foo", "Bar"));
-    assert_eq!(
-        (edge.totals.fused_calls, edge.totals.fused_errors),
-        (4_000, 7)
-    );
-    assert_eq!(edge.totals.rpc_calls, 8);
-    assert_eq!(edge.totals.fused_ns_mean, Some(50.0));
-}
-
-#[test]
-fn ps_shows_what_is_fused_and_leaves_out_the_dead() {
-    let bench = bench([
-        fused(),
-        FakeWorker {
-            gone: true,
-            ..living(&[])
-        },
-    ]);
-    let root = bench.proc.root();
-    let context = Context {
-        grafter: &bench.grafter,
-        clock: &bench.clock,
-        proc_root: &root,
-    };
-    let names = [(
-        "c".repeat(64),
-        crate::discover::docker::Description {
-            name: Some("foo-1".to_owned()),
-            ..Default::default()
-        },
-    )];
-    let ps = ps(
-        &context,
-        scan(&root).unwrap(),
-        &names.into_iter().collect(),
-        None,
-    );
-    let foo = &ps.functions[0];
-    assert_eq!(foo.workers.len(), 1);
-    assert_eq!(
-        foo.workers[0].build_id.as_deref(),
-        Some("ab".repeat(20).as_str())
-    );
-    assert_eq!(foo.workers[0].fused[0].callee, "Bar");
-    let container = foo.workers[0].container.as_ref().unwrap();
-    assert_eq!(container.name.as_deref(), Some("foo-1"));
-    assert!(
-        ps.functions[2].workers.is_empty(),
-        "functions without workers are listed"
     );
 }

@@ -1,0 +1,98 @@
+//! The operations against a patcher that touches nothing.
+
+mod patch;
+mod read;
+mod revert;
+
+use std::time::Duration;
+
+use super::*;
+use crate::api::{
+    EdgeRequest, PatchOutcome, PatchReport, PatchRequest, ProofVerdict, RevertOutcome,
+};
+use crate::discover::scan;
+use crate::error::AgentError;
+use crate::testing::{
+    BROKEN, FakeClock, FakeGrafter, FakeProc, FakeProcess, FakeWorker, IDLE, Moment, PROVEN,
+    STARTING, graft, living, refusal,
+};
+
+/// The example node with a patcher that knows its workers.
+struct Bench {
+    proc: FakeProc,
+    grafter: FakeGrafter,
+    clock: FakeClock,
+}
+
+fn bench(foo: [FakeWorker; 2]) -> Bench {
+    let [first, second] = foo;
+    Bench {
+        proc: FakeProc::example(),
+        grafter: FakeGrafter::new([(11, first), (12, second), (21, living(&[]))]),
+        clock: FakeClock::new(),
+    }
+}
+
+impl Bench {
+    fn patch(&self) -> Result<PatchReport, AgentError> {
+        self.patch_edge("foo", "bar")
+    }
+
+    fn patch_edge(&self, caller: &str, callee: &str) -> Result<PatchReport, AgentError> {
+        self.patch_within(caller, callee, 2_000)
+    }
+
+    fn patch_within(
+        &self,
+        caller: &str,
+        callee: &str,
+        canary_wait_ms: u64,
+    ) -> Result<PatchReport, AgentError> {
+        let request = PatchRequest {
+            caller: caller.to_owned(),
+            callee: callee.to_owned(),
+            engine: None,
+            canary_wait_ms,
+        };
+        let root = self.proc.root();
+        let context = Context {
+            grafter: &self.grafter,
+            clock: &self.clock,
+            proc_root: &root,
+        };
+        patch(&context, &scan(&root).unwrap(), &request)
+    }
+
+    fn revert(&self, callee: &str) -> Result<crate::api::RevertReport, AgentError> {
+        let root = self.proc.root();
+        let context = Context {
+            grafter: &self.grafter,
+            clock: &self.clock,
+            proc_root: &root,
+        };
+        revert(&context, &scan(&root).unwrap(), &edge("Foo", callee))
+    }
+}
+
+fn edge(caller: &str, callee: &str) -> EdgeRequest {
+    EdgeRequest {
+        caller: caller.to_owned(),
+        callee: callee.to_owned(),
+        engine: None,
+    }
+}
+
+fn outcomes(report: &PatchReport) -> Vec<(i32, &PatchOutcome)> {
+    report
+        .workers
+        .iter()
+        .map(|worker| (worker.pid, &worker.outcome))
+        .collect()
+}
+
+fn fused() -> FakeWorker {
+    FakeWorker {
+        grafts: vec![graft("Bar", PROVEN)],
+        ..living(&[])
+    }
+}
