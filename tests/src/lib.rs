@@ -13,8 +13,10 @@
 //! - [`container`]: what functions run in.
 //! - [`keeper`]: the process that owns a node; [`Node`]: its handle in a test.
 //! - [`fixtures`]: functions in C; [`client`] and [`load`]: who calls them.
+//! - [`agent`]: the agent and `agentctl`, the programs under test.
 //! - [`sys`]: all that is unsafe.
 
+pub mod agent;
 pub mod client;
 pub mod container;
 pub mod engine;
@@ -33,9 +35,11 @@ pub mod wire;
 pub mod worker;
 
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
+pub use agent::Agent;
 pub use client::CallError;
 pub use container::RuntimeKind;
 pub use keeper::ContainerState;
@@ -47,8 +51,16 @@ pub use procs::WorkerInfo;
 pub fn bin_dir() -> Result<PathBuf> {
     let exe = std::env::current_exe()?;
     let dir = exe.parent().context("an executable in no directory")?;
-    let above = matches!(dir.file_name().and_then(|n| n.to_str()), Some("deps" | "examples"));
-    Ok(if above { dir.parent().unwrap_or(dir) } else { dir }.to_owned())
+    let above = matches!(
+        dir.file_name().and_then(|n| n.to_str()),
+        Some("deps" | "examples")
+    );
+    Ok(if above {
+        dir.parent().unwrap_or(dir)
+    } else {
+        dir
+    }
+    .to_owned())
 }
 
 /// One of the testbed's binaries, which must have been built (tests of this
@@ -60,6 +72,22 @@ pub fn bin(name: &str) -> Result<PathBuf> {
         None => bin_dir()?,
     };
     let path = dir.join(name);
-    ensure!(path.is_file(), "{} is not there: build nightgraft-testbed first", path.display());
+    ensure!(
+        path.is_file(),
+        "{} is not there: build nightgraft-testbed first",
+        path.display()
+    );
     Ok(path)
+}
+
+/// Waits until something is so.
+///
+/// # Panics
+/// If it is not within 10 seconds.
+pub fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "not within 10 s: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }

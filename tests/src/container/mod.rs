@@ -16,9 +16,9 @@
 //! own mount, pid, net, ipc and uts namespaces, a cgroup `/docker/<id>`, the
 //! capabilities of Docker's default and its seccomp filter, no network.
 
-
+pub(crate) mod cgroup;
+pub mod docker;
 pub mod embedded;
-mod cgroup;
 mod enter;
 pub mod rootfs;
 mod seccomp;
@@ -39,7 +39,7 @@ pub const BIN_INSIDE: &str = "/nightcore";
 pub const FUNCTIONS_INSIDE: &str = "/functions";
 
 /// Which runtime makes the containers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum RuntimeKind {
     /// Namespaces made by the testbed itself.
@@ -70,6 +70,8 @@ pub struct ContainerSpec {
     pub env: Vec<(String, String)>,
     /// Limit of its memory, in bytes.
     pub memory_limit: Option<u64>,
+    /// Processors that it is confined to; empty for all.
+    pub cpus: Vec<usize>,
 }
 
 /// A running container. Dropping it ends it and all that is in it.

@@ -1,0 +1,171 @@
+//! The agent under test: the real daemon on a socket of its own, and the real
+//! `agentctl` to talk to it.
+//!
+//! Each test has an agent of its own; it sees the workers of every node on the
+//! machine, so commands name the engine that they mean.
+
+use std::fs::File;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::Node;
+
+/// How long the agent may take until it answers.
+const START: Duration = Duration::from_secs(10);
+
+/// What a run of `agentctl` gave.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    /// Exit code.
+    pub code: i32,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Answer {
+    /// The JSON that `--json` printed.
+    pub fn json(&self) -> Result<Value> {
+        let line = self.stdout.lines().last().unwrap_or_default();
+        serde_json::from_str(line).with_context(|| format!("no JSON: {self:?}"))
+    }
+
+    /// The stable code of the error in the JSON, `""` if it has none.
+    pub fn error_code(&self) -> String {
+        let json = self.json().unwrap_or_default();
+        json["error"]["code"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
+    }
+}
+
+/// A running agent. Dropping it ends it.
+pub struct Agent {
+    process: Child,
+    dir: TempDir,
+}
+
+impl Agent {
+    /// Starts an agent and waits until it answers.
+    pub fn start() -> Result<Self> {
+        Self::start_with(|_| {})
+    }
+
+    /// Starts an agent whose command is changed first.
+    pub fn start_with(change: impl FnOnce(&mut Command)) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("nightagent-").tempdir()?;
+        let log = File::create(dir.path().join("agent.log"))?;
+        let mut command = Command::new(crate::bin("agent")?);
+        command
+            .arg("--socket")
+            .arg(dir.path().join("agent.sock"))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        crate::sys::process::kill_with_parent(&mut command);
+        change(&mut command);
+        let process = command
+            .process_group(0)
+            .spawn()
+            .context("the agent does not start")?;
+        let mut agent = Self { process, dir };
+        let deadline = Instant::now() + START;
+        while agent.ctl(&["health"])?.code != 0 {
+            if let Some(status) = agent.process.try_wait()? {
+                bail!("the agent ended ({status}): {}", agent.log());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the agent does not answer: {}",
+                agent.log()
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(agent)
+    }
+
+    /// Its socket.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("agent.sock")
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> i32 {
+        self.process.id().cast_signed()
+    }
+
+    /// What it has logged.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("agent.log")).unwrap_or_default()
+    }
+
+    /// Runs `agentctl`.
+    pub fn ctl(&self, arguments: &[&str]) -> Result<Answer> {
+        ctl(&self.socket(), arguments)
+    }
+
+    /// Runs `agentctl --json` on an edge of a node.
+    pub fn edge(&self, node: &Node, command: &str, caller: &str, callee: &str) -> Result<Answer> {
+        let engine = node.engine_pid().to_string();
+        self.ctl(&[command, caller, callee, "--engine", &engine, "--json"])
+    }
+
+    /// Fuses an edge in all workers, which must succeed.
+    pub fn patch(&self, node: &Node, caller: &str, callee: &str) -> Result<Value> {
+        self.done(node, "patch", caller, callee)
+    }
+
+    /// Reverts an edge in all workers, which must succeed.
+    pub fn revert(&self, node: &Node, caller: &str, callee: &str) -> Result<Value> {
+        self.done(node, "revert", caller, callee)
+    }
+
+    fn done(&self, node: &Node, command: &str, caller: &str, callee: &str) -> Result<Value> {
+        let answer = self.edge(node, command, caller, callee)?;
+        ensure!(
+            answer.code == 0,
+            "{command} {caller} {callee}: {answer:?}\n{}",
+            self.log()
+        );
+        answer.json()
+    }
+
+    /// Kills it at once, as the kernel would.
+    pub fn kill(&mut self) -> Result<()> {
+        kill(Pid::from_raw(self.pid()), Signal::SIGKILL)?;
+        self.process.wait()?;
+        Ok(())
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Runs `agentctl` on a socket.
+pub fn ctl(socket: &Path, arguments: &[&str]) -> Result<Answer> {
+    let output = Command::new(crate::bin("agentctl")?)
+        .args(arguments)
+        .env("NIGHTGRAFT_SOCKET", socket)
+        .stdin(Stdio::null())
+        .output()
+        .context("agentctl does not start")?;
+    Ok(Answer {
+        code: output.status.code().context("agentctl was killed")?,
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    })
+}
