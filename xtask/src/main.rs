@@ -1,2 +1,79 @@
-//! Everything that is done with this workspace, in one place: `cargo xtask help`.
-fn main() {}
+//! Everything that is done with this workspace, in one place: `cargo xtask`.
+
+mod run;
+mod setup;
+
+use std::ffi::OsString;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use run::{cargo, released};
+
+/// Everything that is done with this workspace.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version, arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install the Debian packages that the other tasks need and that are
+    /// missing; says which.
+    Setup,
+    /// Fuse and revert Foo → Bar in running containers under load, and compare
+    /// (`cargo xtask demo --help` lists its options).
+    #[command(disable_help_flag = true)]
+    Demo(PassedOn),
+    /// Run all tests.
+    Test(PassedOn),
+    /// Measure calls and stops side by side (`cargo xtask bench --help`).
+    #[command(disable_help_flag = true)]
+    Bench(PassedOn),
+    /// Check formatting and lints, as CI does before the tests.
+    Lint,
+}
+
+/// Arguments that go on to the program behind the task.
+#[derive(clap::Args)]
+struct PassedOn {
+    /// Passed on: to the demo, to the benchmark, or to `cargo test`.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    arguments: Vec<OsString>,
+}
+
+impl PassedOn {
+    fn asks_for_help(&self) -> bool {
+        self.arguments.iter().any(|a| a == "--help" || a == "-h")
+    }
+}
+
+fn main() -> Result<()> {
+    match Arguments::parse().task {
+        Task::Setup => setup::install(true),
+        Task::Demo(passed) => {
+            if !passed.asks_for_help() {
+                setup::install(passed.arguments.iter().any(|a| a.to_string_lossy().contains("docker")))?;
+            }
+            released("demo", &passed.arguments)
+        }
+        Task::Bench(passed) => {
+            if !passed.asks_for_help() {
+                setup::install(false)?;
+            }
+            released("bench", &passed.arguments)
+        }
+        Task::Test(passed) => {
+            setup::install(true)?;
+            // The end-to-end tests run the programs as they are installed.
+            cargo(["build", "--workspace", "--bins"], [])?;
+            cargo(["test", "--workspace"], passed.arguments.iter().map(OsString::as_os_str))
+        }
+        Task::Lint => {
+            cargo(["fmt", "--all", "--check"], [])?;
+            cargo(["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"], [])
+        }
+    }
+}

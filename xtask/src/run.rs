@@ -1,0 +1,41 @@
+//! Running cargo and what it built.
+
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+/// The workspace's folder.
+pub(crate) fn root() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here).to_path_buf()
+}
+
+/// Runs cargo in the workspace; its failure is ours.
+pub(crate) fn cargo<'a, const N: usize>(
+    arguments: [&str; N],
+    more: impl IntoIterator<Item = &'a OsStr>,
+) -> Result<()> {
+    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(program);
+    command.current_dir(root()).args(arguments).args(more);
+    finish(command)
+}
+
+/// Builds everything optimised and runs one of the testbed's programs, which
+/// finds the others beside it.
+pub(crate) fn released(program: &str, arguments: &[OsString]) -> Result<()> {
+    cargo(["build", "--release", "--workspace", "--bins", "--quiet"], [])?;
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    let mut command = Command::new(target.join("release").join(program));
+    command.current_dir(root()).args(arguments);
+    finish(command)
+}
+
+fn finish(mut command: Command) -> Result<()> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let status = command.status().with_context(|| format!("{name} cannot be started"))?;
+    ensure!(status.success(), "{name} failed ({status})");
+    Ok(())
+}
