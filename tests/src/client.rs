@@ -59,7 +59,10 @@ impl HttpClient {
     pub fn connect(port: u16) -> Result<Self, CallError> {
         let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
         stream.set_nodelay(true)?;
-        let client = Self { stream, buffer: Vec::with_capacity(4096) };
+        let client = Self {
+            stream,
+            buffer: Vec::with_capacity(4096),
+        };
         client.set_timeout(CALL_WITHIN)?;
         Ok(client)
     }
@@ -85,12 +88,19 @@ impl HttpClient {
         let (status, length, body_at) = self.head()?;
         let mut body = self.buffer.split_off(body_at);
         if body.len() > length {
-            return Err(CallError::Protocol(format!("{} bytes too many", body.len() - length)));
+            return Err(CallError::Protocol(format!(
+                "{} bytes too many",
+                body.len() - length
+            )));
         }
         let had = body.len();
         body.resize(length, 0);
         self.stream.read_exact(&mut body[had..])?;
-        if status == 200 { Ok(body) } else { Err(CallError::Status(status)) }
+        if status == 200 {
+            Ok(body)
+        } else {
+            Err(CallError::Status(status))
+        }
     }
 
     /// Reads up to the end of the headers: status, length of the body, and

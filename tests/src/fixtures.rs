@@ -60,14 +60,13 @@ pub fn compile(source: &str, compiler: Compiler, flags: &[&str]) -> Result<PathB
 }
 
 /// Compiles source text given by the caller, beside the fixtures' headers.
-pub fn compile_text(
-    stem: &str,
-    text: &str,
-    compiler: Compiler,
-    flags: &[&str],
-) -> Result<PathBuf> {
+pub fn compile_text(stem: &str, text: &str, compiler: Compiler, flags: &[&str]) -> Result<PathBuf> {
     let name = format!("{stem}.c");
-    let mut sources: Vec<_> = SOURCES.iter().copied().filter(|(n, _)| n.ends_with(".h")).collect();
+    let mut sources: Vec<_> = SOURCES
+        .iter()
+        .copied()
+        .filter(|(n, _)| n.ends_with(".h"))
+        .collect();
     sources.push((&name, text));
     build(stem, &name, &sources, compiler, flags)
 }
@@ -89,7 +88,9 @@ fn build(
     // Made aside and moved into place, since tests compile at the same time.
     let parent = dir.parent().unwrap_or(Path::new("/"));
     fs::create_dir_all(parent)?;
-    let work = tempfile::Builder::new().prefix("build-").tempdir_in(parent)?;
+    let work = tempfile::Builder::new()
+        .prefix("build-")
+        .tempdir_in(parent)?;
     for (name, text) in sources {
         fs::write(work.path().join(name), text)?;
     }

@@ -28,7 +28,10 @@ impl Flags {
         valued: &[&str],
         switches: &[&str],
     ) -> Result<Self> {
-        let mut flags = Self { values: HashMap::new(), positional: Vec::new() };
+        let mut flags = Self {
+            values: HashMap::new(),
+            positional: Vec::new(),
+        };
         let mut args = args.into_iter();
         while let Some(arg) = args.next() {
             if arg == "--" {
@@ -46,11 +49,15 @@ impl Flags {
             if valued.contains(&name) {
                 let value = match value {
                     Some(v) => v,
-                    None => args.next().ok_or_else(|| anyhow!("--{name} wants a value"))?,
+                    None => args
+                        .next()
+                        .ok_or_else(|| anyhow!("--{name} wants a value"))?,
                 };
                 flags.values.insert(name.to_owned(), value);
             } else if switches.contains(&name) {
-                flags.values.insert(name.to_owned(), value.unwrap_or_else(|| "true".into()));
+                flags
+                    .values
+                    .insert(name.to_owned(), value.unwrap_or_else(|| "true".into()));
             } else if let Some(off) = name.strip_prefix("no").filter(|n| switches.contains(n)) {
                 flags.values.insert(off.to_owned(), "false".into());
             } else {
@@ -100,8 +107,14 @@ mod tests {
 
     #[test]
     fn takes_every_spelling() {
-        let f = parse(&["--func_id=3", "--fprocess", "a b", "--use_fifo_for_nested_call", "x"])
-            .unwrap();
+        let f = parse(&[
+            "--func_id=3",
+            "--fprocess",
+            "a b",
+            "--use_fifo_for_nested_call",
+            "x",
+        ])
+        .unwrap();
         assert_eq!(f.get("func_id", 0).unwrap(), 3);
         assert_eq!(f.text("fprocess"), Some("a b"));
         assert!(f.is_on("use_fifo_for_nested_call").unwrap());
@@ -112,8 +125,18 @@ mod tests {
 
     #[test]
     fn refuses_what_it_does_not_know() {
-        assert!(parse(&["--func=3"]).unwrap_err().to_string().contains("unknown flag --func"));
-        assert!(parse(&["--func_id"]).unwrap_err().to_string().contains("wants a value"));
+        assert!(
+            parse(&["--func=3"])
+                .unwrap_err()
+                .to_string()
+                .contains("unknown flag --func")
+        );
+        assert!(
+            parse(&["--func_id"])
+                .unwrap_err()
+                .to_string()
+                .contains("wants a value")
+        );
         assert!(parse(&["--func_id=x"]).unwrap().get("func_id", 0).is_err());
     }
 }

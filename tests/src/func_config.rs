@@ -83,14 +83,22 @@ impl FuncConfig {
                 e.func_id,
                 e.func_name
             );
-            if by_name.insert(e.func_name.clone().into_bytes(), i).is_some() {
+            if by_name
+                .insert(e.func_name.clone().into_bytes(), i)
+                .is_some()
+            {
                 bail!("the name {} is there twice", e.func_name);
             }
             if by_id.insert(e.func_id, i).is_some() {
                 bail!("the id {} is there twice", e.func_id);
             }
         }
-        Ok(Self { json, entries, by_name, by_id })
+        Ok(Self {
+            json,
+            entries,
+            by_name,
+            by_id,
+        })
     }
 
     /// The file's text, as it was.
@@ -136,10 +144,19 @@ mod tests {
     #[test]
     fn refuses_what_nightcore_refuses() {
         for (json, why) in [
-            (r#"[{"funcName":"a-b","funcId":1}]"#, "invalid function name"),
+            (
+                r#"[{"funcName":"a-b","funcId":1}]"#,
+                "invalid function name",
+            ),
             (r#"[{"funcName":"A","funcId":0}]"#, "invalid id 0"),
-            (r#"[{"funcName":"A","funcId":1},{"funcName":"A","funcId":2}]"#, "A is there twice"),
-            (r#"[{"funcName":"A","funcId":1},{"funcName":"B","funcId":1}]"#, "1 is there twice"),
+            (
+                r#"[{"funcName":"A","funcId":1},{"funcName":"A","funcId":2}]"#,
+                "A is there twice",
+            ),
+            (
+                r#"[{"funcName":"A","funcId":1},{"funcName":"B","funcId":1}]"#,
+                "1 is there twice",
+            ),
             ("{}", "not a function config"),
         ] {
             let e = FuncConfig::parse(json.into()).unwrap_err().to_string();

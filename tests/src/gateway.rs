@@ -57,7 +57,10 @@ impl GatewayOptions {
             ],
             &[],
         )?;
-        ensure!(flags.positional.is_empty(), "no positional arguments are taken");
+        ensure!(
+            flags.positional.is_empty(),
+            "no positional arguments are taken"
+        );
         Ok(Self {
             func_config_file: flags
                 .text("func_config_file")
@@ -85,7 +88,9 @@ struct Gateway {
 /// listens.
 pub fn run(options: &GatewayOptions) -> Result<()> {
     let config = FuncConfig::load(&options.func_config_file)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async move {
         let bind = async |port| {
@@ -114,13 +119,19 @@ pub fn run(options: &GatewayOptions) -> Result<()> {
 }
 
 fn listening_line(http: SocketAddr, engine: SocketAddr) -> String {
-    format!("gateway: ready, http_port={} engine_conn_port={}", http.port(), engine.port())
+    format!(
+        "gateway: ready, http_port={} engine_conn_port={}",
+        http.port(),
+        engine.port()
+    )
 }
 
 /// The two ports (HTTP, engines) out of what a gateway has printed, once it
 /// has.
 pub fn ports_in(log: &str) -> Option<(u16, u16)> {
-    let line = log.lines().find_map(|l| l.strip_prefix("gateway: ready, http_port="))?;
+    let line = log
+        .lines()
+        .find_map(|l| l.strip_prefix("gateway: ready, http_port="))?;
     let (http, engine) = line.split_once(" engine_conn_port=")?;
     Some((http.parse().ok()?, engine.parse().ok()?))
 }
@@ -146,7 +157,9 @@ impl Gateway {
         let mut response = Response::new(Full::new(body));
         *response.status_mut() = status;
         let plain = hyper::header::HeaderValue::from_static("text/plain");
-        response.headers_mut().insert(hyper::header::CONTENT_TYPE, plain);
+        response
+            .headers_mut()
+            .insert(hyper::header::CONTENT_TYPE, plain);
         response
     }
 
@@ -161,20 +174,31 @@ impl Gateway {
             })
             .ok_or(StatusCode::NOT_FOUND)?;
         let func = entry.func_id;
-        let input =
-            request.into_body().collect().await.map_err(|_| StatusCode::BAD_REQUEST)?.to_bytes();
+        let input = request
+            .into_body()
+            .collect()
+            .await
+            .map_err(|_| StatusCode::BAD_REQUEST)?
+            .to_bytes();
         let count = self.next_call.get();
         self.next_call.set(count.wrapping_add(1));
         let call = CallId::new(func, 0, count);
-        let header =
-            GatewayHeader { kind: Kind::Dispatch, call, extra: 0, payload: input.len() };
+        let header = GatewayHeader {
+            kind: Kind::Dispatch,
+            call,
+            extra: 0,
+            payload: input.len(),
+        };
         let mut message = BytesMut::with_capacity(GATEWAY_HEADER_SIZE + input.len());
         message.extend_from_slice(&header.to_bytes());
         message.extend_from_slice(&input);
         let (done, outcome) = oneshot::channel();
         self.waiting.borrow_mut().insert(call, done);
-        let sent =
-            self.engine.borrow().as_ref().is_some_and(|e| e.send(message.freeze()).is_ok());
+        let sent = self
+            .engine
+            .borrow()
+            .as_ref()
+            .is_some_and(|e| e.send(message.freeze()).is_ok());
         if !sent {
             self.waiting.borrow_mut().remove(&call);
             return Err(StatusCode::INTERNAL_SERVER_ERROR);
@@ -204,8 +228,14 @@ async fn serve_engine(stream: TcpStream, gateway: &Gateway) -> Result<()> {
     stream.set_nodelay(true)?;
     let (mut read, write) = stream.into_split();
     let hello = read_header(&mut read).await?;
-    ensure!(hello.kind == Kind::EngineHandshake, "not an engine: {hello:?}");
-    ensure!(gateway.engine.borrow().is_none(), "there is an engine already");
+    ensure!(
+        hello.kind == Kind::EngineHandshake,
+        "not an engine: {hello:?}"
+    );
+    ensure!(
+        gateway.engine.borrow().is_none(),
+        "there is an engine already"
+    );
     let (sender, receiver) = mpsc::unbounded_channel();
     *gateway.engine.borrow_mut() = Some(sender);
     println!("gateway: engine {} connected", hello.extra & 0xffff);
@@ -231,7 +261,10 @@ async fn serve_engine(stream: TcpStream, gateway: &Gateway) -> Result<()> {
         if buffer.capacity() - buffer.len() < 16 << 10 {
             buffer.reserve(256 << 10);
         }
-        ensure!(read.read_buf(&mut buffer).await? > 0, "it closed the connection");
+        ensure!(
+            read.read_buf(&mut buffer).await? > 0,
+            "it closed the connection"
+        );
     }
 }
 

@@ -40,11 +40,16 @@ impl Ipc {
             if !root.join(part).is_dir() {
                 return Err(io::Error::new(
                     io::ErrorKind::NotFound,
-                    format!("{} is no directory of an engine: it has no {part}", root.display()),
+                    format!(
+                        "{} is no directory of an engine: it has no {part}",
+                        root.display()
+                    ),
                 ));
             }
         }
-        Ok(Self { root: root.to_owned() })
+        Ok(Self {
+            root: root.to_owned(),
+        })
     }
 
     /// Makes the directory anew, as the engine does when it starts. The
@@ -62,7 +67,9 @@ impl Ipc {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
             _ => {}
         }
-        Ok(Self { root: root.to_owned() })
+        Ok(Self {
+            root: root.to_owned(),
+        })
     }
 
     /// The directory.
@@ -101,8 +108,11 @@ impl Ipc {
     /// Writes a payload's file. It must not be there yet.
     pub fn write_payload(&self, call: CallId, which: Payload, data: &[u8]) -> io::Result<()> {
         let path = self.payload(call, which);
-        let mut file =
-            OpenOptions::new().write(true).create_new(true).mode(0o664).open(&path)?;
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o664)
+            .open(&path)?;
         file.write_all(data).inspect_err(|_| {
             let _ = fs::remove_file(&path);
         })
@@ -134,8 +144,12 @@ pub fn make_fifo(path: &Path) -> io::Result<()> {
 }
 
 fn open_fifo(path: &Path, flags: OFlag) -> io::Result<OwnedFd> {
-    nix::fcntl::open(path, flags | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty())
-        .map_err(Into::into)
+    nix::fcntl::open(
+        path,
+        flags | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(Into::into)
 }
 
 /// Opens a FIFO for reading, whether or not it has a writer; non-blocking.

@@ -65,10 +65,16 @@ pub fn run(options: &LauncherOptions) -> Result<()> {
         .into();
     let cgroups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let id = own_container_id(&cgroups);
-    ipc::write_full(&engine, &Message::launcher_handshake(options.func, id.as_bytes()).0)?;
+    ipc::write_full(
+        &engine,
+        &Message::launcher_handshake(options.func, id.as_bytes()).0,
+    )?;
     let mut welcome = Message::zeroed();
     ipc::read_full(&engine, &mut welcome.0).context("no welcome from the engine")?;
-    ensure!(welcome.kind() == Some(Kind::HandshakeResponse), "the engine's welcome is none");
+    ensure!(
+        welcome.kind() == Some(Kind::HandshakeResponse),
+        "the engine's welcome is none"
+    );
     let mut json = vec![0; usize::try_from(welcome.payload_size())?];
     ipc::read_full(&engine, &mut json)?;
     let config = FuncConfig::parse(String::from_utf8(json)?)?;
@@ -78,7 +84,13 @@ pub fn run(options: &LauncherOptions) -> Result<()> {
     };
     println!("launcher of {name} in container {id}");
 
-    let mut launcher = Launcher { options, ipc, config, name, started: Vec::new() };
+    let mut launcher = Launcher {
+        options,
+        ipc,
+        config,
+        name,
+        started: Vec::new(),
+    };
     loop {
         let mut ready = [
             PollFd::new(engine.as_fd(), PollFlags::POLLIN),
@@ -100,7 +112,10 @@ pub fn run(options: &LauncherOptions) -> Result<()> {
                 println!("the engine is gone");
                 return Ok(());
             }
-            ensure!(message.kind() == Some(Kind::CreateWorker), "an unexpected message");
+            ensure!(
+                message.kind() == Some(Kind::CreateWorker),
+                "an unexpected message"
+            );
             launcher.start_worker(message.client())?;
         }
     }
@@ -141,8 +156,14 @@ impl Launcher<'_> {
         }
         let (mut ours, theirs) = UnixStream::pair()?;
         process::give_as_third(&mut command, theirs.into());
-        let child = command.spawn().with_context(|| format!("cannot start {program}"))?;
-        println!("worker {number} of {} is process {}, client {client}", self.name, child.id());
+        let child = command
+            .spawn()
+            .with_context(|| format!("cannot start {program}"))?;
+        println!(
+            "worker {number} of {} is process {}, client {client}",
+            self.name,
+            child.id()
+        );
         self.started.push(child.id());
         let json = self.config.json().as_bytes();
         ours.write_all(&u32::try_from(json.len())?.to_le_bytes())?;

@@ -6,6 +6,7 @@
 //! differ; what the answer must be is a function of the request. Nothing is
 //! ever repeated: a failure is counted and the connection made anew.
 
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -104,7 +105,7 @@ pub fn random_input(random: &mut Random, length: usize) -> Vec<u8> {
 }
 
 /// What a load has met so far.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct LoadReport {
     /// Requests answered as they must be.
     pub correct: u64,
@@ -118,6 +119,24 @@ pub struct LoadReport {
     pub latency: Histogram<u64>,
     /// How long the load has been on.
     pub elapsed: Duration,
+}
+
+impl fmt::Debug for LoadReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} correct, {} wrong, {} failed in {:.1?}: {:.0}/s, p50 {:.1?}, p99 {:.1?}, max {:.1?}",
+            self.correct,
+            self.wrong,
+            self.failed,
+            self.elapsed,
+            self.rate(),
+            self.quantile(0.5),
+            self.quantile(0.99),
+            self.quantile(1.0)
+        )?;
+        self.complaints.iter().try_for_each(|c| write!(f, "; {c}"))
+    }
 }
 
 impl LoadReport {
@@ -152,11 +171,7 @@ impl LoadReport {
     pub fn all_correct(&self) -> Result<()> {
         anyhow::ensure!(
             self.correct > 0 && self.wrong == 0 && self.failed == 0,
-            "{} correct, {} wrong, {} failed: {:?}",
-            self.correct,
-            self.wrong,
-            self.failed,
-            self.complaints
+            "{self:?}"
         );
         Ok(())
     }
@@ -197,13 +212,19 @@ impl Load {
             let mut client = connect(spec).context("cannot connect to the gateway")?;
             let mut random = Random::new(spec.seed ^ (i as u64 + 1) << 32);
             let input = (spec.input)(&mut random);
-            let answer = client.call(&spec.function, &input).context("the first request")?;
+            let answer = client
+                .call(&spec.function, &input)
+                .context("the first request")?;
             anyhow::ensure!(answer == (spec.expect)(&input), "the first answer is wrong");
             clients.push((client, random));
         }
         let stop = Arc::new(AtomicBool::new(false));
-        let mut load =
-            Self { stop, threads: Vec::new(), reports: Vec::new(), since: Instant::now() };
+        let mut load = Self {
+            stop,
+            threads: Vec::new(),
+            reports: Vec::new(),
+            since: Instant::now(),
+        };
         for (client, random) in clients {
             let report = Arc::new(Mutex::new(LoadReport::new()));
             let connection = Connection {
@@ -338,8 +359,14 @@ mod tests {
 
     #[test]
     fn a_difference_is_told() {
-        assert_eq!(difference(b"abcd", b"abXd"), "4 bytes for 4; at 2: \"Xd\" for \"cd\"");
-        assert_eq!(difference(b"abcd", b"ab"), "2 bytes for 4; at 2: \"\" for \"cd\"");
+        assert_eq!(
+            difference(b"abcd", b"abXd"),
+            "4 bytes for 4; at 2: \"Xd\" for \"cd\""
+        );
+        assert_eq!(
+            difference(b"abcd", b"ab"),
+            "2 bytes for 4; at 2: \"\" for \"cd\""
+        );
     }
 
     #[test]

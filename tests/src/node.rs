@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::client::{CallError, HttpClient};
-use crate::container::RuntimeKind;
+use crate::container::{RuntimeKind, cgroup};
 use crate::keeper::{Ask, ContainerState, KeeperFunction, KeeperSpec, NodeState, Say};
 use crate::procs::{self, WorkerInfo};
 
@@ -46,6 +46,11 @@ pub enum NestedMode {
     Read,
     /// On a FIFO of its own, for 100 ms (`--use_fifo_for_nested_call`).
     Fifo,
+}
+
+impl NestedMode {
+    /// Every way, for tests that hold in each.
+    pub const BOTH: [Self; 2] = [Self::Read, Self::Fifo];
 }
 
 /// One function of a node.
@@ -119,6 +124,9 @@ pub struct NodeSpec {
     /// Whether workers unmap *every* answer when its lifetime is over. Without
     /// it those above 960 bytes are unmapped, and others overwritten.
     pub strict_lifetime: bool,
+    /// Processors that the whole node is confined to; empty for all. On one
+    /// processor an RPC costs no wake-up of another, and times are steady.
+    pub cpus: Vec<usize>,
     /// How long it may take until all workers are ready.
     pub start_within: Duration,
 }
@@ -131,6 +139,7 @@ impl NodeSpec {
             functions: functions.into_iter().collect(),
             nested_mode: NestedMode::default(),
             strict_lifetime: false,
+            cpus: Vec::new(),
             start_within: START_WITHIN,
         }
     }
@@ -178,10 +187,21 @@ impl Node {
         ensure!(!spec.functions.is_empty(), "a node without functions");
         for f in &spec.functions {
             ensure!(f.max_workers > 0, "{} may have no worker", f.name);
-            ensure!(f.library.is_file(), "{}: no library {}", f.name, f.library.display());
+            ensure!(
+                f.library.is_file(),
+                "{}: no library {}",
+                f.name,
+                f.library.display()
+            );
         }
-        let dir = tempfile::Builder::new().prefix("nightnode-").tempdir()?.keep();
-        let ipc = tempfile::Builder::new().prefix("nightnode-").tempdir_in("/dev/shm")?.keep();
+        let dir = tempfile::Builder::new()
+            .prefix("nightnode-")
+            .tempdir()?
+            .keep();
+        let ipc = tempfile::Builder::new()
+            .prefix("nightnode-")
+            .tempdir_in("/dev/shm")?
+            .keep();
         let keeper = Keeper::start()?;
         let node = Self {
             keeper: Mutex::new(keeper),
@@ -215,9 +235,11 @@ impl Node {
             functions,
             fifo_for_nested_call: node.spec.nested_mode == NestedMode::Fifo,
             strict_lifetime: node.spec.strict_lifetime,
+            cpus: node.spec.cpus.clone(),
         }));
-        node.ask(&ask, deadline).context("the node does not start")?;
-        node.wait_until_idle(deadline).inspect_err(|_| eprintln!("{}", node.all_logs()))?;
+        node.ask(&ask, deadline)
+            .context("the node does not start")?;
+        node.wait_until_idle(deadline)?;
         Ok(node)
     }
 
@@ -229,7 +251,10 @@ impl Node {
     }
 
     fn state(&self) -> NodeState {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Waits until all functions have the workers that they start with, and
@@ -244,10 +269,11 @@ impl Node {
                 }
                 ensure!(
                     Instant::now() < deadline,
-                    "{} has {idle} ready workers of {} within {:?}; processes: {workers:?}",
+                    "{} has {idle} ready workers of {} within {:?}; workers: {workers:?}; logs:\n{}",
                     f.name,
                     f.min_workers,
-                    self.spec.start_within
+                    self.spec.start_within,
+                    self.all_logs()
                 );
                 std::thread::sleep(Duration::from_millis(2));
             }
@@ -268,6 +294,15 @@ impl Node {
     /// The gateway's process.
     pub fn gateway_pid(&self) -> i32 {
         self.state().gateway
+    }
+
+    /// The process that owns all others of the node.
+    pub fn keeper_pid(&self) -> i32 {
+        self.keeper
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .process
+            .id() as i32
     }
 
     /// The node's shared directory, as the host sees it.
@@ -354,11 +389,20 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        let keeper = self.keeper.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let keeper = self
+            .keeper
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Err(e) = keeper.stop() {
             eprintln!("node: {e:#}");
         }
-        // The keeper has done this already, unless it never got so far.
+        // The keeper has done all this already, unless it was killed, or never
+        // got so far.
+        if self.spec.runtime == RuntimeKind::Embedded {
+            for container in self.state().containers {
+                cgroup::remove_left_behind(&container.id);
+            }
+        }
         let _ = fs::remove_dir_all(&self.dir);
         let _ = fs::remove_dir_all(&self.ipc);
     }
@@ -376,19 +420,28 @@ impl Keeper {
         let stdout = process.stdout.take().context("no pipe from the keeper")?;
         let (sender, replies) = channel();
         // Ends with the keeper's output.
-        std::thread::Builder::new().name("keeper-replies".into()).spawn(move || {
-            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                if sender.send(line).is_err() {
-                    break;
+        std::thread::Builder::new()
+            .name("keeper-replies".into())
+            .spawn(move || {
+                for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                    if sender.send(line).is_err() {
+                        break;
+                    }
                 }
-            }
-        })?;
-        Ok(Self { process, requests, replies })
+            })?;
+        Ok(Self {
+            process,
+            requests,
+            replies,
+        })
     }
 
     fn ask(&mut self, ask: &Ask, deadline: Instant) -> Result<NodeState> {
         let line = serde_json::to_string(ask)?;
-        let requests = self.requests.as_mut().context("the node has been stopped")?;
+        let requests = self
+            .requests
+            .as_mut()
+            .context("the node has been stopped")?;
         writeln!(requests, "{line}").context("the keeper is gone")?;
         let left = deadline.saturating_duration_since(Instant::now());
         let reply = match self.replies.recv_timeout(left) {

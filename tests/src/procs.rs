@@ -30,8 +30,10 @@ pub(crate) fn workers_of(container: &ContainerState) -> Result<Vec<WorkerInfo>> 
     let path = format!("/proc/{init}/task/{init}/children");
     let children = fs::read_to_string(&path)
         .with_context(|| format!("the launcher of {} is gone ({path})", container.function))?;
-    let mut workers: Vec<_> =
-        children.split_whitespace().filter_map(|pid| worker(pid, container)).collect();
+    let mut workers: Vec<_> = children
+        .split_whitespace()
+        .filter_map(|pid| worker(pid, container))
+        .collect();
     workers.sort_by_key(|w| w.number);
     Ok(workers)
 }
@@ -48,7 +50,11 @@ fn worker(pid: &str, container: &ContainerState) -> Option<WorkerInfo> {
     Some(WorkerInfo {
         function: container.function.clone(),
         host_pid: pid.parse().ok()?,
-        container_pid: field(&status, "NSpid:")?.split_whitespace().last()?.parse().ok()?,
+        container_pid: field(&status, "NSpid:")?
+            .split_whitespace()
+            .last()?
+            .parse()
+            .ok()?,
         client: variable(&environ, "FAAS_CLIENT_ID=")?.parse().ok()?,
         number: variable(&environ, "FAAS_FPROCESS_ID=")?.parse().ok()?,
         container: container.id.clone(),
@@ -56,7 +62,10 @@ fn worker(pid: &str, container: &ContainerState) -> Option<WorkerInfo> {
 }
 
 fn field<'t>(status: &'t str, name: &str) -> Option<&'t str> {
-    status.lines().find_map(|l| l.strip_prefix(name)).map(str::trim)
+    status
+        .lines()
+        .find_map(|l| l.strip_prefix(name))
+        .map(str::trim)
 }
 
 fn variable<'e>(environ: &'e [u8], name: &str) -> Option<&'e str> {
@@ -86,7 +95,8 @@ impl WorkerInfo {
 
     /// Whether the process lives; a zombie does not.
     pub fn is_alive(&self) -> bool {
-        self.status("State").is_some_and(|s| !s.starts_with(['Z', 'X']))
+        self.status("State")
+            .is_some_and(|s| !s.starts_with(['Z', 'X']))
     }
 }
 
@@ -96,7 +106,10 @@ mod tests {
 
     #[test]
     fn finds_its_fields() {
-        assert_eq!(field("Name:\tx\nNSpid:\t27287\t8\n", "NSpid:"), Some("27287\t8"));
+        assert_eq!(
+            field("Name:\tx\nNSpid:\t27287\t8\n", "NSpid:"),
+            Some("27287\t8")
+        );
         let environ = b"PATH=/bin\0FAAS_CLIENT_ID=12\0X_FAAS_CLIENT_ID=13\0";
         assert_eq!(variable(environ, "FAAS_CLIENT_ID="), Some("12"));
         assert_eq!(variable(environ, "FAAS_FUNC_ID="), None);

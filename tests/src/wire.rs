@@ -253,9 +253,8 @@ impl GatewayHeader {
     /// The header's bytes.
     pub fn to_bytes(self) -> [u8; GATEWAY_HEADER_SIZE] {
         let mut b = [0; GATEWAY_HEADER_SIZE];
-        b[..4].copy_from_slice(
-            &head(self.kind, self.call.func(), self.call.client()).to_le_bytes(),
-        );
+        b[..4]
+            .copy_from_slice(&head(self.kind, self.call.func(), self.call.client()).to_le_bytes());
         b[4..8].copy_from_slice(&self.call.count().to_le_bytes());
         b[8..12].copy_from_slice(&self.extra.to_le_bytes());
         b[12..].copy_from_slice(&(self.payload as i32).to_le_bytes());
@@ -299,7 +298,10 @@ mod tests {
         assert_eq!(m.0[24..28], [5, 0, 0, 0]);
         assert_eq!(&m.0[64..70], b"hello\0");
         assert_eq!(m.call(), call);
-        assert_eq!((call.func(), call.client(), call.count()), (0x12, 0x2345, 0x89ab_cdef));
+        assert_eq!(
+            (call.func(), call.client(), call.count()),
+            (0x12, 0x2345, 0x89ab_cdef)
+        );
         m.set_kind(Kind::Dispatch);
         assert_eq!((m.kind(), m.call()), (Some(Kind::Dispatch), call));
     }

@@ -113,7 +113,10 @@ pub fn serve(env: &WorkerEnv, library: &Path) -> Result<()> {
     ipc::write_full(&engine, &Message::worker_handshake(env.func, env.client).0)?;
     let mut welcome = Message::zeroed();
     ipc::read_full(&engine, &mut welcome.0).context("no welcome from the engine")?;
-    ensure!(welcome.kind() == Some(Kind::HandshakeResponse), "the engine's welcome is none");
+    ensure!(
+        welcome.kind() == Some(Kind::HandshakeResponse),
+        "the engine's welcome is none"
+    );
     let output = ipc::fifo_writer(&ipc.worker_output(env.client)).context("output FIFO")?;
 
     let fifo_for_nested_call = welcome.flags() & FLAG_FIFO_FOR_NESTED_CALL != 0;
@@ -132,7 +135,11 @@ pub fn serve(env: &WorkerEnv, library: &Path) -> Result<()> {
         answer: Mutex::new(Vec::with_capacity(1024)),
         handed: Mutex::new(HandedOut {
             chunks: Vec::new(),
-            slot: if fifo_for_nested_call { PIPE_BUF } else { MESSAGE_SIZE },
+            slot: if fifo_for_nested_call {
+                PIPE_BUF
+            } else {
+                MESSAGE_SIZE
+            },
             used: 0,
             files: Vec::new(),
         }),
@@ -187,7 +194,10 @@ impl Worker {
         loop {
             let mut message = Message::zeroed();
             ipc::read_full(&self.input, &mut message.0).context("the engine is gone")?;
-            ensure!(message.kind() == Some(Kind::Dispatch), "a message of an unexpected kind");
+            ensure!(
+                message.kind() == Some(Kind::Dispatch),
+                "a message of an unexpected kind"
+            );
             self.serve_one(function, &message)?;
         }
     }
@@ -224,7 +234,10 @@ impl Worker {
         };
         drop(answer);
         let delay = |us: i64| i32::try_from(us).unwrap_or(i32::MAX);
-        reply.set_delays(delay(started - message.sent_at()), delay(now_us() - started));
+        reply.set_delays(
+            delay(started - message.sent_at()),
+            delay(now_us() - started),
+        );
         self.send(reply)
     }
 
@@ -261,19 +274,21 @@ impl Worker {
 
     fn answer_by_fifo(&self, call: CallId, answer: &[u8]) -> Message {
         let mut reply = Message::of_call(Kind::Complete, call);
-        let sent = i32::try_from(answer.len()).map_err(io::Error::other).and_then(|size| {
-            let mut buf = [0; PIPE_BUF];
-            buf[..4].copy_from_slice(&size.to_le_bytes());
-            let mut len = 4;
-            if answer.len() + 4 <= PIPE_BUF {
-                buf[4..4 + answer.len()].copy_from_slice(answer);
-                len += answer.len();
-            } else {
-                self.ipc.write_payload(call, Payload::Output, answer)?;
-            }
-            self.write_call_fifo(call, &buf[..len])?;
-            Ok(size)
-        });
+        let sent = i32::try_from(answer.len())
+            .map_err(io::Error::other)
+            .and_then(|size| {
+                let mut buf = [0; PIPE_BUF];
+                buf[..4].copy_from_slice(&size.to_le_bytes());
+                let mut len = 4;
+                if answer.len() + 4 <= PIPE_BUF {
+                    buf[4..4 + answer.len()].copy_from_slice(answer);
+                    len += answer.len();
+                } else {
+                    self.ipc.write_payload(call, Payload::Output, answer)?;
+                }
+                self.write_call_fifo(call, &buf[..len])?;
+                Ok(size)
+            });
         match sent {
             Ok(size) => reply.set_payload_size(size),
             Err(e) => {
@@ -329,19 +344,32 @@ impl Worker {
 
     fn file_of(&self, call: CallId, size: usize) -> Result<Handed> {
         let region = self.ipc.map_payload(call, Payload::Output)?;
-        let answer = Handed { data: region.as_ptr(), len: region.len() };
+        let answer = Handed {
+            data: region.as_ptr(),
+            len: region.len(),
+        };
         lock(&self.handed).files.push((call, region));
-        ensure!(answer.len == size, "{} bytes where {size} were announced", answer.len);
+        ensure!(
+            answer.len == size,
+            "{} bytes where {size} were announced",
+            answer.len
+        );
         Ok(answer)
     }
 
     fn call_other(&self, func: u16, input: &[u8]) -> Result<Option<Handed>> {
-        let call = CallId::new(func, self.client, self.next_call.fetch_add(1, Ordering::Relaxed));
+        let call = CallId::new(
+            func,
+            self.client,
+            self.next_call.fetch_add(1, Ordering::Relaxed),
+        );
         let mut message = Message::of_call(Kind::Invoke, call);
         message.set_parent(CallId(self.current.load(Ordering::Relaxed)));
         let by_file = input.len() > INLINE_SIZE;
         if by_file {
-            let size = self.put_file(call, Payload::Input, input).context("input file")?;
+            let size = self
+                .put_file(call, Payload::Input, input)
+                .context("input file")?;
             message.set_payload_size(size);
         } else {
             message.set_inline(input);
@@ -371,16 +399,22 @@ impl Worker {
         }
         self.waiting.store(false, Ordering::Release);
         match reply.kind() {
-            Some(Kind::Complete) if reply.payload_size() < 0 => {
-                self.file_of(call, reply.payload_size().unsigned_abs() as usize).map(Some)
-            }
+            Some(Kind::Complete) if reply.payload_size() < 0 => self
+                .file_of(call, reply.payload_size().unsigned_abs() as usize)
+                .map(Some),
             Some(Kind::Complete) => {
                 let len = reply.inline().len();
                 if len == 0 {
-                    return Ok(Some(Handed { data: std::ptr::null(), len: 0 }));
+                    return Ok(Some(Handed {
+                        data: std::ptr::null(),
+                        len: 0,
+                    }));
                 }
                 let slot = self.slot_with(&reply.0)?;
-                Ok(Some(Handed { data: slot.wrapping_add(INLINE_OFFSET), len }))
+                Ok(Some(Handed {
+                    data: slot.wrapping_add(INLINE_OFFSET),
+                    len,
+                }))
             }
             Some(Kind::Failed) => Ok(None),
             _ => {
@@ -411,15 +445,23 @@ impl Worker {
         let n = nix::unistd::read(&fifo, &mut buf)?;
         ensure!(n >= 4, "an answer of {n} bytes");
         let size = i32::from_le_bytes([buf[0], buf[1], buf[2], buf[3]]);
-        let Ok(size) = usize::try_from(size) else { return Ok(None) };
+        let Ok(size) = usize::try_from(size) else {
+            return Ok(None);
+        };
         if size == 0 {
-            Ok(Some(Handed { data: std::ptr::null(), len: 0 }))
+            Ok(Some(Handed {
+                data: std::ptr::null(),
+                len: 0,
+            }))
         } else if size + 4 > PIPE_BUF {
             self.file_of(call, size).map(Some)
         } else {
             ensure!(n == size + 4, "{} bytes of an answer of {size}", n - 4);
             let slot = self.slot_with(&buf[..n])?;
-            Ok(Some(Handed { data: slot.wrapping_add(4), len: size }))
+            Ok(Some(Handed {
+                data: slot.wrapping_add(4),
+                len: size,
+            }))
         }
     }
 }

@@ -21,15 +21,31 @@ fn main_result() -> Result<()> {
         ],
         &[],
     )?;
-    ensure!(flags.positional.is_empty(), "no positional arguments are taken");
+    ensure!(
+        flags.positional.is_empty(),
+        "no positional arguments are taken"
+    );
     let mode = flags.text("fprocess_mode").unwrap_or("cpp");
-    ensure!(mode == "cpp", "--fprocess_mode={mode}: this node runs C and C++ functions only");
+    ensure!(
+        mode == "cpp",
+        "--fprocess_mode={mode}: this node runs C and C++ functions only"
+    );
     run(&LauncherOptions {
-        func: flags.text("func_id").context("--func_id is missing")?.parse().context("--func_id")?,
-        fprocess: flags.text("fprocess").context("--fprocess is missing")?.to_owned(),
+        func: flags
+            .text("func_id")
+            .context("--func_id is missing")?
+            .parse()
+            .context("--func_id")?,
+        fprocess: flags
+            .text("fprocess")
+            .context("--fprocess is missing")?
+            .to_owned(),
         working_dir: flags.text("fprocess_working_dir").map(Into::into),
         output_dir: flags.text("fprocess_output_dir").map(Into::into),
-        ipc_root: flags.text("root_path_for_ipc").unwrap_or(DEFAULT_ROOT).into(),
+        ipc_root: flags
+            .text("root_path_for_ipc")
+            .unwrap_or(DEFAULT_ROOT)
+            .into(),
     })
 }
 

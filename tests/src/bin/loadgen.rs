@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::Parser;
-use nightgraft_testbed::load::{Load, LoadReport, LoadSpec};
+use nightgraft_testbed::load::{Load, LoadSpec};
 
 /// Puts load on a node and checks every byte of every answer.
 #[derive(Debug, Parser)]
@@ -27,19 +27,6 @@ struct Options {
     watch: bool,
 }
 
-fn line(r: &LoadReport) -> String {
-    format!(
-        "{:>9} correct {} wrong {} failed {:>8.0}/s p50 {:?} p99 {:?} max {:?}",
-        r.correct,
-        r.wrong,
-        r.failed,
-        r.rate(),
-        r.quantile(0.5),
-        r.quantile(0.99),
-        r.quantile(1.0)
-    )
-}
-
 fn main() -> Result<()> {
     let options = Options::parse();
     let mut spec = LoadSpec::foo(options.port, options.connections);
@@ -50,10 +37,10 @@ fn main() -> Result<()> {
     for _ in 0..options.seconds {
         std::thread::sleep(Duration::from_secs(1));
         if options.watch {
-            println!("{}", line(&load.snapshot()));
+            println!("{:?}", load.snapshot());
         }
     }
     let report = load.stop();
-    println!("{}", line(&report));
+    println!("{report:?}");
     report.all_correct()
 }

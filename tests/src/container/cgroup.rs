@@ -24,7 +24,9 @@ fn hierarchies(mountinfo: &str) -> Vec<PathBuf> {
         .lines()
         .filter_map(|line| {
             let (left, right) = line.split_once(" - ")?;
-            right.starts_with("cgroup").then(|| left.split(' ').nth(4).map(PathBuf::from))?
+            right
+                .starts_with("cgroup")
+                .then(|| left.split(' ').nth(4).map(PathBuf::from))?
         })
         .collect()
 }
@@ -94,6 +96,18 @@ fn inherit_cpuset(parent: &Path, dir: &Path) {
             let _ = fs::write(to, value);
         }
     }
+}
+
+/// Removes what a keeper that was killed could not: the groups of a container
+/// that has ended. Those that are not there are no news.
+pub(crate) fn remove_left_behind(id: &str) {
+    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let dirs = hierarchies(&mountinfo)
+        .into_iter()
+        .map(|h| h.join("docker").join(id));
+    drop(Cgroup {
+        dirs: dirs.collect(),
+    });
 }
 
 impl Drop for Cgroup {

@@ -68,12 +68,18 @@ impl Runtime for Embedded {
             }
         };
         drop(theirs);
-        let running = Running { id: spec.id.clone(), init, ended: false, _cgroup: cgroup };
+        let running = Running {
+            id: spec.id.clone(),
+            init,
+            ended: false,
+            _cgroup: cgroup,
+        };
         running._cgroup.add(init).context("cgroup")?;
         ours.write_all(b"g")?;
         // Closed by the exec: an empty answer is success.
         let mut error = String::new();
-        ours.read_to_string(&mut error).context("the container's process does not answer")?;
+        ours.read_to_string(&mut error)
+            .context("the container's process does not answer")?;
         if !error.is_empty() {
             bail!("container of {}: {error}", spec.name);
         }

@@ -37,8 +37,13 @@ const HIDDEN: [&str; 8] = [
 ];
 
 /// What of `/proc` Docker makes read-only.
-const READ_ONLY: [&str; 5] =
-    ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+const READ_ONLY: [&str; 5] = [
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+];
 
 /// Waits until the parent has done its part.
 pub(super) fn wait_for_go(parent: &mut UnixStream) -> Result<()> {
@@ -52,6 +57,8 @@ pub(super) fn wait_for_go(parent: &mut UnixStream) -> Result<()> {
 pub(super) fn become_container(spec: &ContainerSpec, root: &Path) -> Result<()> {
     setsid()?;
     umask(Mode::from_bits_truncate(0o022));
+    // Again: a cgroup may have widened what was inherited.
+    process::confine_to(&spec.cpus).context("processors")?;
     sethostname(&spec.id[..12]).context("hostname")?;
     process::loopback_up().context("loopback")?;
     take_streams(spec).context("standard streams")?;
@@ -60,9 +67,16 @@ pub(super) fn become_container(spec: &ContainerSpec, root: &Path) -> Result<()> 
     process::no_new_privileges()?;
     process::close_on_exec_from(3)?;
     let c = |s: &str| CString::new(s).context("a NUL in a string");
-    let args = spec.command.iter().map(|a| c(a)).collect::<Result<Vec<_>>>()?;
-    let env =
-        spec.env.iter().map(|(k, v)| c(&format!("{k}={v}"))).collect::<Result<Vec<_>>>()?;
+    let args = spec
+        .command
+        .iter()
+        .map(|a| c(a))
+        .collect::<Result<Vec<_>>>()?;
+    let env = spec
+        .env
+        .iter()
+        .map(|(k, v)| c(&format!("{k}={v}")))
+        .collect::<Result<Vec<_>>>()?;
     let filter = seccomp::default_filter()?;
     process::install_filter(&filter).context("seccomp")?;
     execve(&args[0], &args, &env).with_context(|| format!("cannot run {}", spec.command[0]))?;
@@ -80,8 +94,14 @@ fn take_streams(spec: &ContainerSpec) -> Result<()> {
 }
 
 fn bind(from: &Path, to: &Path) -> Result<()> {
-    mount(Some(from), to, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
-        .with_context(|| format!("{} at {}", from.display(), to.display()))
+    mount(
+        Some(from),
+        to,
+        None::<&str>,
+        MsFlags::MS_BIND | MsFlags::MS_REC,
+        None::<&str>,
+    )
+    .with_context(|| format!("{} at {}", from.display(), to.display()))
 }
 
 fn fresh(kind: &str, to: &Path, flags: MsFlags, data: Option<&str>) -> Result<()> {
@@ -97,11 +117,22 @@ fn read_only(at: &Path) -> Result<()> {
 
 fn mounts(spec: &ContainerSpec, root: &Path) -> Result<()> {
     // Nothing that happens here is to be seen outside.
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+        None::<&str>,
+    )?;
     bind(root, root)?;
     let secure = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     let dev = root.join("dev");
-    fresh("tmpfs", &dev, MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, Some("mode=755,size=64k"))?;
+    fresh(
+        "tmpfs",
+        &dev,
+        MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
+        Some("mode=755,size=64k"),
+    )?;
     for name in ["null", "zero", "full", "random", "urandom"] {
         fs::File::create(dev.join(name))?;
         bind(&Path::new("/dev").join(name), &dev.join(name))?;
@@ -113,7 +144,12 @@ fn mounts(spec: &ContainerSpec, root: &Path) -> Result<()> {
     fs::create_dir(&ipc)?;
     bind(&spec.ipc, &ipc)?;
     bind(&spec.logs, &root.join("outputs"))?;
-    fresh("tmpfs", &root.join("tmp"), secure, Some("mode=1777,size=64m"))?;
+    fresh(
+        "tmpfs",
+        &root.join("tmp"),
+        secure,
+        Some("mode=1777,size=64m"),
+    )?;
 
     // The new root over the old one, and then the old one goes.
     chdir(root)?;

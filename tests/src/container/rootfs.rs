@@ -27,7 +27,10 @@ pub struct Entry {
 impl Entry {
     /// A file from somewhere, to somewhere.
     pub fn new(from: impl Into<PathBuf>, to: impl Into<PathBuf>) -> Self {
-        Self { from: from.into(), to: to.into() }
+        Self {
+            from: from.into(),
+            to: to.into(),
+        }
     }
 }
 
@@ -48,13 +51,20 @@ pub fn libraries_of(file: &Path) -> Result<Vec<PathBuf>> {
         text.trim(),
         String::from_utf8_lossy(&output.stderr).trim()
     );
-    text.lines().map(parse_line).filter_map(Result::transpose).collect()
+    text.lines()
+        .map(parse_line)
+        .filter_map(Result::transpose)
+        .collect()
 }
 
 /// `libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)` has one;
 /// `linux-vdso.so.1 (0x…)` has none; a line with "not found" is an error.
 fn parse_line(line: &str) -> Result<Option<PathBuf>> {
-    ensure!(!line.contains("not found"), "the loader says: {}", line.trim());
+    ensure!(
+        !line.contains("not found"),
+        "the loader says: {}",
+        line.trim()
+    );
     let path = match line.split_once("=>") {
         Some((_, right)) => right,
         None => line,
@@ -69,7 +79,11 @@ pub fn build(root: &Path, files: &[Entry]) -> Result<()> {
     let mut all = BTreeMap::new();
     all.insert(PathBuf::from(LOADER), PathBuf::from(LOADER));
     for file in files {
-        ensure!(file.to.is_absolute(), "{} is not absolute", file.to.display());
+        ensure!(
+            file.to.is_absolute(),
+            "{} is not absolute",
+            file.to.display()
+        );
         all.insert(file.to.clone(), file.from.clone());
         for library in libraries_of(&file.from)? {
             all.insert(library.clone(), library);
@@ -84,7 +98,16 @@ pub fn build(root: &Path, files: &[Entry]) -> Result<()> {
             .with_context(|| format!("cannot copy {} to {}", from.display(), target.display()))?;
         fs::set_permissions(&target, fs::Permissions::from_mode(0o755))?;
     }
-    for dir in ["dev", "proc", "sys", "tmp", "etc", "outputs", "dev/shm", "dev/shm/faas_ipc"] {
+    for dir in [
+        "dev",
+        "proc",
+        "sys",
+        "tmp",
+        "etc",
+        "outputs",
+        "dev/shm",
+        "dev/shm/faas_ipc",
+    ] {
         fs::create_dir_all(root.join(dir))?;
     }
     fs::write(root.join("etc/passwd"), "root:x:0:0:root:/:/bin/false\n")?;
@@ -120,7 +143,10 @@ mod tests {
     #[test]
     fn this_test_needs_the_c_library() {
         let libraries = libraries_of(&std::env::current_exe().unwrap()).unwrap();
-        assert!(libraries.iter().any(|l| l.ends_with("libc.so.6")), "{libraries:?}");
+        assert!(
+            libraries.iter().any(|l| l.ends_with("libc.so.6")),
+            "{libraries:?}"
+        );
         for l in &libraries {
             assert!(l.exists(), "{}", l.display());
         }

@@ -138,9 +138,24 @@ fn with_clone3_unknown(filter: BpfProgram) -> BpfProgram {
     const RETURN_ERRNO: u32 = 0x0005_0000;
     const OFFSET_OF_NR: u32 = 0;
     let mut program = vec![
-        sock_filter { code: LOAD_WORD, jt: 0, jf: 0, k: OFFSET_OF_NR },
-        sock_filter { code: JUMP_IF_EQUAL, jt: 0, jf: 1, k: libc::SYS_clone3 as u32 },
-        sock_filter { code: RETURN, jt: 0, jf: 0, k: RETURN_ERRNO | libc::ENOSYS as u32 },
+        sock_filter {
+            code: LOAD_WORD,
+            jt: 0,
+            jf: 0,
+            k: OFFSET_OF_NR,
+        },
+        sock_filter {
+            code: JUMP_IF_EQUAL,
+            jt: 0,
+            jf: 1,
+            k: libc::SYS_clone3 as u32,
+        },
+        sock_filter {
+            code: RETURN,
+            jt: 0,
+            jf: 0,
+            k: RETURN_ERRNO | libc::ENOSYS as u32,
+        },
     ];
     program.extend(filter);
     program
@@ -153,7 +168,11 @@ mod tests {
     #[test]
     fn the_filter_compiles() {
         let filter = default_filter().unwrap();
-        assert!(filter.len() > ALLOWED.len() && filter.len() < 4096, "{}", filter.len());
+        assert!(
+            filter.len() > ALLOWED.len() && filter.len() < 4096,
+            "{}",
+            filter.len()
+        );
     }
 
     #[test]

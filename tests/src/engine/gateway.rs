@@ -52,7 +52,13 @@ impl GatewayLink {
         };
         stream.write_all(&hello.to_bytes())?;
         stream.set_nonblocking(true)?;
-        Ok(Self { stream, received: Vec::new(), handled: 0, unsent: Vec::new(), waits: false })
+        Ok(Self {
+            stream,
+            received: Vec::new(),
+            handled: 0,
+            unsent: Vec::new(),
+            waits: false,
+        })
     }
 
     /// Reads what there is; false at the end.
@@ -86,7 +92,9 @@ impl GatewayLink {
             Some(h) if h.kind == Kind::Dispatch => h,
             other => bail!("an unexpected message from the gateway: {other:?}"),
         };
-        let Some(payload) = rest.get(..header.payload) else { return Ok(None) };
+        let Some(payload) = rest.get(..header.payload) else {
+            return Ok(None);
+        };
         let payload = payload.to_vec();
         self.handled += GATEWAY_HEADER_SIZE + header.payload;
         Ok(Some((header.call, payload)))
@@ -94,7 +102,13 @@ impl GatewayLink {
 
     /// Sends an answer, now or later.
     pub(super) fn send(&mut self, kind: Kind, call: CallId, extra: u32, payload: &[u8]) {
-        let header = GatewayHeader { kind, call, extra, payload: payload.len() }.to_bytes();
+        let header = GatewayHeader {
+            kind,
+            call,
+            extra,
+            payload: payload.len(),
+        }
+        .to_bytes();
         let was_empty = self.unsent.is_empty();
         self.unsent.extend_from_slice(&header);
         self.unsent.extend_from_slice(payload);

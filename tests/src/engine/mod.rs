@@ -87,8 +87,11 @@ pub fn run(options: &EngineOptions) -> Result<()> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
     epoll.add(&link, EpollEvent::new(EpollFlags::EPOLLIN, GATEWAY))?;
-    let functions =
-        config.entries().iter().map(|e| (e.func_id, Function::new(e))).collect::<HashMap<_, _>>();
+    let functions = config
+        .entries()
+        .iter()
+        .map(|e| (e.func_id, Function::new(e)))
+        .collect::<HashMap<_, _>>();
     println!("engine: ready, {} functions", functions.len());
     Engine {
         fifo_for_nested_call: options.fifo_for_nested_call,
@@ -160,14 +163,23 @@ impl Engine {
             };
             let token = self.next_socket;
             self.next_socket += 1;
-            self.epoll.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, token))?;
-            self.sockets.insert(token, Socket { stream, peer: Peer::Stranger });
+            self.epoll
+                .add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, token))?;
+            self.sockets.insert(
+                token,
+                Socket {
+                    stream,
+                    peer: Peer::Stranger,
+                },
+            );
         }
     }
 
     /// A socket has something to read: a handshake, or its end.
     fn on_socket(&mut self, token: u64) {
-        let Some(socket) = self.sockets.get(&token) else { return };
+        let Some(socket) = self.sockets.get(&token) else {
+            return;
+        };
         let result = match socket.peer {
             Peer::Stranger => self.greet(token),
             // Nobody sends anything after the handshake: this is the end.
@@ -179,13 +191,17 @@ impl Engine {
     }
 
     fn greet(&mut self, token: u64) -> io::Result<()> {
-        let Some(socket) = self.sockets.get_mut(&token) else { return Ok(()) };
+        let Some(socket) = self.sockets.get_mut(&token) else {
+            return Ok(());
+        };
         // All peers write their handshake in one piece, so this does not wait.
         let mut message = Message::zeroed();
         io::Read::read_exact(&mut socket.stream, &mut message.0)?;
         let func = message.func();
         let Some(entry) = self.config.by_id(func) else {
-            return Err(io::Error::other(format!("a handshake for function {func}, which is none")));
+            return Err(io::Error::other(format!(
+                "a handshake for function {func}, which is none"
+            )));
         };
         match message.kind() {
             Some(Kind::LauncherHandshake) => {
@@ -194,7 +210,9 @@ impl Engine {
                 }
                 socket.peer = Peer::Launcher { func };
                 let json = self.config.json().as_bytes();
-                socket.stream.write_all(&Message::handshake_response(json.len(), 0).0)?;
+                socket
+                    .stream
+                    .write_all(&Message::handshake_response(json.len(), 0).0)?;
                 socket.stream.write_all(json)?;
                 self.launchers.insert(func, token);
                 let wanted = entry.at_least();
@@ -216,10 +234,15 @@ impl Engine {
                     input: ipc::fifo_writer(&self.ipc.worker_input(client))?,
                     output: ipc::fifo_reader(&self.ipc.worker_output(client))?,
                 };
-                let flags =
-                    if self.fifo_for_nested_call { FLAG_FIFO_FOR_NESTED_CALL } else { 0 };
+                let flags = if self.fifo_for_nested_call {
+                    FLAG_FIFO_FOR_NESTED_CALL
+                } else {
+                    0
+                };
                 socket.peer = Peer::Worker { client };
-                socket.stream.write_all(&Message::handshake_response(0, flags).0)?;
+                socket
+                    .stream
+                    .write_all(&Message::handshake_response(0, flags).0)?;
                 let event = EpollEvent::new(EpollFlags::EPOLLIN, FIFO | u64::from(client));
                 self.epoll.add(&worker.output, event)?;
                 println!("engine: worker {client} of {} connected", entry.func_name);
@@ -233,7 +256,9 @@ impl Engine {
     }
 
     fn close(&mut self, token: u64, why: &io::Error) {
-        let Some(socket) = self.sockets.remove(&token) else { return };
+        let Some(socket) = self.sockets.remove(&token) else {
+            return;
+        };
         let _ = self.epoll.delete(&socket.stream);
         match socket.peer {
             Peer::Stranger => eprintln!("engine: a connection failed: {why}"),
@@ -249,8 +274,13 @@ impl Engine {
     }
 
     fn forget_worker(&mut self, client: u16) {
-        let Some(worker) = self.workers.remove(&client) else { return };
-        println!("engine: worker {client} of function {} disconnected", worker.func);
+        let Some(worker) = self.workers.remove(&client) else {
+            return;
+        };
+        println!(
+            "engine: worker {client} of function {} disconnected",
+            worker.func
+        );
         let _ = self.epoll.delete(&worker.output);
         if let Some(f) = self.functions.get_mut(&worker.func) {
             f.left(client);
@@ -261,7 +291,11 @@ impl Engine {
 
     /// Has a launcher start one more worker.
     fn request_worker(&mut self, func: u16) -> io::Result<()> {
-        let Some(socket) = self.launchers.get(&func).and_then(|t| self.sockets.get_mut(t)) else {
+        let Some(socket) = self
+            .launchers
+            .get(&func)
+            .and_then(|t| self.sockets.get_mut(t))
+        else {
             return Ok(());
         };
         let client = self.next_client;
@@ -280,7 +314,9 @@ impl Engine {
 
     /// A worker's output FIFO has a message, or its end.
     fn on_worker(&mut self, client: u16) {
-        let Some(worker) = self.workers.get(&client) else { return };
+        let Some(worker) = self.workers.get(&client) else {
+            return;
+        };
         let mut message = Message::zeroed();
         match nix::unistd::read(&worker.output, &mut message.0) {
             Ok(n) if n == message.0.len() => {}
@@ -317,10 +353,15 @@ impl Engine {
 
     fn finished(&mut self, client: u16, message: Message) {
         let call = message.call();
-        let Some(function) = self.functions.get(&call.func()) else { return };
+        let Some(function) = self.functions.get(&call.func()) else {
+            return;
+        };
         // An answer to something that this worker was not asked is dropped.
         if !function.is_serving(client, call) {
-            eprintln!("engine: worker {client} answered call {}, not its own", call.0);
+            eprintln!(
+                "engine: worker {client} answered call {}, not its own",
+                call.0
+            );
             return;
         }
         if call.client() == 0 {
@@ -328,7 +369,10 @@ impl Engine {
         } else if !self.fifo_for_nested_call {
             self.send(call.client(), message);
         }
-        let next = self.functions.get_mut(&call.func()).and_then(|f| f.freed(client));
+        let next = self
+            .functions
+            .get_mut(&call.func())
+            .and_then(|f| f.freed(client));
         self.dispatch_next(client, next);
     }
 
@@ -372,7 +416,8 @@ impl Engine {
         if let Some(waits) = self.link.changed_interest() {
             let mut flags = EpollFlags::EPOLLIN;
             flags.set(EpollFlags::EPOLLOUT, waits);
-            self.epoll.modify(self.link.as_fd(), &mut EpollEvent::new(flags, GATEWAY))?;
+            self.epoll
+                .modify(self.link.as_fd(), &mut EpollEvent::new(flags, GATEWAY))?;
         }
         Ok(())
     }
@@ -385,9 +430,13 @@ impl Engine {
         if input.len() <= INLINE_SIZE {
             message.set_inline(input);
         } else {
-            let put = i32::try_from(input.len()).map_err(io::Error::other).and_then(|size| {
-                self.ipc.write_payload(call, Payload::Input, input).map(|()| size)
-            });
+            let put = i32::try_from(input.len())
+                .map_err(io::Error::other)
+                .and_then(|size| {
+                    self.ipc
+                        .write_payload(call, Payload::Input, input)
+                        .map(|()| size)
+                });
             match put {
                 Ok(size) => message.set_payload_size(-size),
                 Err(e) => {
@@ -443,15 +492,25 @@ impl EngineOptions {
                 "func_config_file",
                 "v",
             ],
-            &["use_fifo_for_nested_call", "disable_monitor", "func_worker_pipe_direct_write"],
+            &[
+                "use_fifo_for_nested_call",
+                "disable_monitor",
+                "func_worker_pipe_direct_write",
+            ],
         )?;
-        ensure!(flags.positional.is_empty(), "no positional arguments are taken");
+        ensure!(
+            flags.positional.is_empty(),
+            "no positional arguments are taken"
+        );
         Ok(Self {
             func_config_file: flags
                 .text("func_config_file")
                 .context("--func_config_file is missing")?
                 .into(),
-            ipc_root: flags.text("root_path_for_ipc").unwrap_or(ipc::DEFAULT_ROOT).into(),
+            ipc_root: flags
+                .text("root_path_for_ipc")
+                .unwrap_or(ipc::DEFAULT_ROOT)
+                .into(),
             gateway: (
                 flags.text("gateway_addr").unwrap_or("127.0.0.1").to_owned(),
                 flags.get("gateway_port", 10007)?,

@@ -40,6 +40,8 @@ pub struct KeeperSpec {
     pub fifo_for_nested_call: bool,
     /// Whether workers unmap answers at once (`FAAS_STRICT_LIFETIME`).
     pub strict_lifetime: bool,
+    /// Processors that everything is confined to; empty for all.
+    pub cpus: Vec<usize>,
 }
 
 /// One function of a node.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::{ContainerState, KeeperFunction, KeeperSpec, NodeState};
+use crate::container::docker::Docker;
 use crate::container::embedded::Embedded;
 use crate::container::rootfs::Entry;
 use crate::container::{
@@ -69,6 +70,8 @@ impl Drop for Dirs {
 impl Node {
     pub(super) fn start(spec: KeeperSpec) -> Result<Self> {
         let dirs = Dirs(vec![spec.ipc.clone(), spec.dir.clone()]);
+        // Inherited by all that is started from here on.
+        process::confine_to(&spec.cpus).context("processors")?;
         let logs = spec.dir.join("logs");
         fs::create_dir_all(&logs)?;
         let config = spec.dir.join("func_config.json");
@@ -94,11 +97,13 @@ impl Node {
         }
         let args: Vec<&str> = args.iter().map(String::as_str).collect();
         let mut engine = spawn(&spec.bins.join("engine"), &args, &engine_log)?;
-        ready(&mut engine, &engine_log, |log| log.contains("engine: ready").then_some(()))?;
+        ready(&mut engine, &engine_log, |log| {
+            log.contains("engine: ready").then_some(())
+        })?;
 
         let runtime: Box<dyn Runtime> = match spec.runtime {
             RuntimeKind::Embedded => Box::new(Embedded),
-            RuntimeKind::Docker => bail!("docker"),
+            RuntimeKind::Docker => Box::new(Docker::connect(&spec.dir)?),
         };
         let functions = spec.functions.clone();
         let mut node = Self {
@@ -121,7 +126,10 @@ impl Node {
     fn deploy(&mut self, function: KeeperFunction) -> Result<Deployed> {
         let name = &function.name;
         self.containers_made += 1;
-        let dir = self.spec.dir.join(format!("container-{}-{name}", self.containers_made));
+        let dir = self
+            .spec
+            .dir
+            .join(format!("container-{}-{name}", self.containers_made));
         fs::create_dir(&dir)?;
         let library = format!("{FUNCTIONS_INSIDE}/lib{}.so", name.to_lowercase());
         let worker = format!("{BIN_INSIDE}/func_worker_v1");
@@ -154,8 +162,13 @@ impl Node {
             ],
             env,
             memory_limit: function.memory_limit,
+            cpus: self.spec.cpus.clone(),
         })?;
-        Ok(Deployed { function, container, dir })
+        Ok(Deployed {
+            function,
+            container,
+            dir,
+        })
     }
 
     pub(super) fn redeploy(&mut self, name: &str, library: Option<PathBuf>) -> Result<()> {
@@ -219,7 +232,11 @@ fn random_id() -> Result<String> {
 fn spawn(program: &Path, args: &[&str], log: &Path) -> Result<Process> {
     let out = File::create(log)?;
     let mut command = Command::new(program);
-    command.args(args).stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
+    command
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(out.try_clone()?)
+        .stderr(out);
     process::kill_with_parent(&mut command);
     command
         .spawn()
@@ -228,11 +245,7 @@ fn spawn(program: &Path, args: &[&str], log: &Path) -> Result<Process> {
 }
 
 /// Waits until a process's log says what `find` looks for.
-fn ready<T>(
-    process: &mut Process,
-    log: &Path,
-    find: impl Fn(&str) -> Option<T>,
-) -> Result<T> {
+fn ready<T>(process: &mut Process, log: &Path, find: impl Fn(&str) -> Option<T>) -> Result<T> {
     let deadline = Instant::now() + READY_WITHIN;
     loop {
         let ended = process.0.try_wait()?;
@@ -244,7 +257,11 @@ fn ready<T>(
             bail!("{} ended with {status}: {}", log.display(), text.trim());
         }
         if Instant::now() > deadline {
-            bail!("{} says nothing within {READY_WITHIN:?}: {}", log.display(), text.trim());
+            bail!(
+                "{} says nothing within {READY_WITHIN:?}: {}",
+                log.display(),
+                text.trim()
+            );
         }
         std::thread::sleep(Duration::from_millis(3));
     }

@@ -83,7 +83,12 @@ impl Library {
         let symbol = |name: &CStr| {
             // SAFETY: `handle` is a live handle, `name` a C string.
             let address = unsafe { libc::dlsym(handle, name.as_ptr()) };
-            ensure!(!address.is_null(), "{} has no {}", path.display(), name.to_string_lossy());
+            ensure!(
+                !address.is_null(),
+                "{} has no {}",
+                path.display(),
+                name.to_string_lossy()
+            );
             Ok(address)
         };
         let init = symbol(c"faas_init")?;
@@ -115,10 +120,18 @@ impl Library {
         // SAFETY: the types are the ABI's; `context` is never freed; `handle`
         // is written before the library returns.
         let code = unsafe {
-            (self.create)(context.cast(), invoke_func_wrapper, append_output_wrapper, &mut handle)
+            (self.create)(
+                context.cast(),
+                invoke_func_wrapper,
+                append_output_wrapper,
+                &mut handle,
+            )
         };
         ensure!(code == 0, "faas_create_func_worker returned {code}");
-        Ok(FuncWorker { library: self, handle })
+        Ok(FuncWorker {
+            library: self,
+            handle,
+        })
     }
 }
 
@@ -134,7 +147,11 @@ impl FuncWorker<'_> {
     /// Exclusive, since a handle is never entered twice at a time.
     #[inline(never)]
     pub fn call(&mut self, input: &[u8]) -> c_int {
-        let data = if input.is_empty() { ptr::null() } else { input.as_ptr().cast() };
+        let data = if input.is_empty() {
+            ptr::null()
+        } else {
+            input.as_ptr().cast()
+        };
         // SAFETY: the handle is the library's own, and `input` outlives the call.
         unsafe { (self.library.call)(self.handle, data, input.len()) }
     }

@@ -34,9 +34,20 @@ impl Region {
         };
         // SAFETY: a new mapping at an address of the kernel's choice touches
         // nothing that exists.
-        let base =
-            unsafe { mmap(None, size, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, file, 0) }?;
-        Ok(Self { base: Some(base), len })
+        let base = unsafe {
+            mmap(
+                None,
+                size,
+                ProtFlags::PROT_READ,
+                MapFlags::MAP_SHARED,
+                file,
+                0,
+            )
+        }?;
+        Ok(Self {
+            base: Some(base),
+            len,
+        })
     }
 
     /// Maps `len` bytes of zeros, private and writable.
@@ -45,12 +56,16 @@ impl Region {
         let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: as in `of_file`.
         let base = unsafe { mmap_anonymous(None, size, prot, MapFlags::MAP_PRIVATE) }?;
-        Ok(Self { base: Some(base), len })
+        Ok(Self {
+            base: Some(base),
+            len,
+        })
     }
 
     /// Where it begins; null if it is empty.
     pub fn as_ptr(&self) -> *const u8 {
-        self.base.map_or(ptr::null(), |b| b.as_ptr().cast_const().cast())
+        self.base
+            .map_or(ptr::null(), |b| b.as_ptr().cast_const().cast())
     }
 
     /// Its length in bytes.
@@ -79,8 +94,10 @@ impl Region {
     /// # Panics
     /// If there is not that much room.
     pub fn fill(&mut self, offset: usize, data: &[u8]) {
-        let room = self.len.checked_sub(offset).unwrap_or_default();
-        assert!(data.len() <= room, "{} bytes at {offset} of {}", data.len(), self.len);
+        let fits = offset
+            .checked_add(data.len())
+            .is_some_and(|end| end <= self.len);
+        assert!(fits, "{} bytes at {offset} of {}", data.len(), self.len);
         if let Some(b) = self.base {
             // SAFETY: the mapping has at least data.len() bytes from `offset`
             // on, checked above; it cannot overlap `data`, which no one could

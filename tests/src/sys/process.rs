@@ -8,6 +8,7 @@ use std::process::Command;
 
 use nix::errno::Errno;
 use nix::sched::CloneFlags;
+use nix::sys::signal::SigSet;
 use nix::unistd::Pid;
 
 /// Which side of a [`fork_into`] this is.
@@ -26,7 +27,10 @@ pub enum Side {
 /// locks that the others held.
 pub fn fork_into(namespaces: CloneFlags) -> io::Result<Side> {
     let threads = std::fs::read_dir("/proc/self/task")?.count();
-    assert_eq!(threads, 1, "only a process of one thread may fork without exec");
+    assert_eq!(
+        threads, 1,
+        "only a process of one thread may fork without exec"
+    );
     let flags = namespaces.bits() as libc::c_long | libc::c_long::from(libc::SIGCHLD);
     // SAFETY: without CLONE_VM and with a null stack this is fork: the child
     // has a copy of everything, and there is no other thread (checked above)
@@ -92,7 +96,10 @@ pub fn keep_capabilities(keep: &[u32]) -> io::Result<()> {
         }
     }
     // _LINUX_CAPABILITY_VERSION_3: two words of 32 capabilities.
-    let header = CapHeader { version: 0x2008_0522, pid: 0 };
+    let header = CapHeader {
+        version: 0x2008_0522,
+        pid: 0,
+    };
     let mut data = [CapData::default(); 2];
     // SAFETY: capget writes the two words that version 3 has.
     Errno::result(unsafe { libc::syscall(libc::SYS_capget, &header, data.as_mut_ptr()) })?;
@@ -113,7 +120,12 @@ pub fn keep_capabilities(keep: &[u32]) -> io::Result<()> {
 /// Brings the loopback interface of this network namespace up.
 pub fn loopback_up() -> io::Result<()> {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
-    let s = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let s = socket(
+        AddressFamily::Inet,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
     // SAFETY: an ifreq is plain data, for which zeros are valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     request.ifr_name[0] = b'l' as libc::c_char;
@@ -131,14 +143,33 @@ pub fn kill_with_parent(command: &mut Command) {
     unsafe { command.pre_exec(die_with_parent) };
 }
 
-/// Gives `fd` to `command` as descriptor 3, and nothing else above it.
+/// Gives `command` a mount namespace of its own, from which nothing that it
+/// mounts comes out, and which is gone with its last process.
+pub fn own_mounts(command: &mut Command) {
+    // SAFETY: unshare and mount are system calls with constant arguments, and
+    // nix allocates nothing for a path this short.
+    unsafe {
+        command.pre_exec(|| {
+            use nix::mount::{MsFlags, mount};
+            nix::sched::unshare(CloneFlags::CLONE_NEWNS)?;
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+            Ok(())
+        });
+    }
+}
+
+/// Gives `fd` to `command` as descriptor 3, nothing above it, and no blocked
+/// signal.
 pub fn give_as_third(command: &mut Command, fd: OwnedFd) {
     const PLACE: RawFd = 3;
-    // SAFETY: dup2, fcntl and close_range are async-signal-safe; `fd` is owned
-    // by the closure and thereby open; descriptors above 3 are closed in the
-    // child, right before it becomes another program.
+    // SAFETY: sigprocmask, dup2, fcntl and close_range are async-signal-safe;
+    // `fd` is owned by the closure and thereby open; descriptors above 3 are
+    // closed in the child, when it becomes another program.
     unsafe {
         command.pre_exec(move || {
+            // The launcher blocks SIGCHLD for itself, not for its workers.
+            SigSet::empty().thread_set_mask()?;
             if fd.as_raw_fd() == PLACE {
                 Errno::result(libc::fcntl(PLACE, libc::F_SETFD, 0))?;
             } else {
@@ -198,4 +229,17 @@ pub fn default_sigpipe() -> io::Result<()> {
     // SAFETY: the default action runs no code of ours.
     unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }?;
     Ok(())
+}
+
+/// Confines this thread, and what it starts, to some processors (none: no
+/// change).
+pub fn confine_to(cpus: &[usize]) -> io::Result<()> {
+    if cpus.is_empty() {
+        return Ok(());
+    }
+    let mut set = nix::sched::CpuSet::new();
+    for &cpu in cpus {
+        set.set(cpu)?;
+    }
+    nix::sched::sched_setaffinity(Pid::from_raw(0), &set).map_err(Into::into)
 }
