@@ -42,11 +42,11 @@ fn main() -> Result<()> {
         let _ = writeln!(std::io::stderr(), "{text}");
     };
     say("compiling Foo and Bar (gcc -O2) and starting a node with 2 workers each …");
-    let foo = fixtures::compile("foo.c", Compiler::Gcc, &["-O2"])?;
-    let bar = fixtures::compile("bar.c", Compiler::Gcc, &["-O2"])?;
+    let caller = fixtures::compile("foo.c", Compiler::Gcc, &["-O2"])?;
+    let callee = fixtures::compile("bar.c", Compiler::Gcc, &["-O2"])?;
     let functions = [
-        FunctionSpec::new("Foo", 1, foo).workers(2, 2),
-        FunctionSpec::new("Bar", 2, bar).workers(2, 2),
+        FunctionSpec::new("Foo", 1, caller).workers(2, 2),
+        FunctionSpec::new("Bar", 2, callee).workers(2, 2),
     ];
     let node = Node::start(NodeSpec::new(functions).runtime(arguments.runtime))?;
     let agent = Agent::start()?;

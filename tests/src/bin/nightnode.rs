@@ -23,7 +23,7 @@ struct Options {
     #[arg(long, default_value_t = 1)]
     workers: u16,
     /// Nested calls answer through FIFOs of their own, within 100 ms.
-    #[arg(long)]
+    #[arg(long = "use_fifo_for_nested_call")]
     use_fifo_for_nested_call: bool,
     /// Run the whole node on this processor.
     #[arg(long)]

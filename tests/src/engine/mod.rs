@@ -17,14 +17,14 @@
 
 mod books;
 mod gateway;
+mod options;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use crate::func_config::FuncConfig;
@@ -34,21 +34,7 @@ use crate::wire::{
 };
 use books::Function;
 use gateway::GatewayLink;
-
-/// An engine's command line.
-#[derive(Clone, Debug)]
-pub struct EngineOptions {
-    /// `--func_config_file`.
-    pub func_config_file: PathBuf,
-    /// `--root_path_for_ipc`.
-    pub ipc_root: PathBuf,
-    /// `--gateway_addr` and `--gateway_port`.
-    pub gateway: (String, u16),
-    /// `--use_fifo_for_nested_call`.
-    pub fifo_for_nested_call: bool,
-    /// `--node_id`.
-    pub node: u16,
-}
+pub use options::EngineOptions;
 
 const LISTENER: u64 = 0;
 const GATEWAY: u64 = 1;
@@ -104,7 +90,7 @@ pub fn run(options: &EngineOptions) -> Result<()> {
         sockets: HashMap::new(),
         workers: HashMap::new(),
         launchers: HashMap::new(),
-        external_inputs: HashMap::new(),
+        external_inputs: HashSet::new(),
         next_socket: FIRST_SOCKET,
         next_client: 1,
     }
@@ -124,7 +110,7 @@ struct Engine {
     /// The socket of each function's launcher.
     launchers: HashMap<u16, u64>,
     /// Calls of the gateway whose input is in a file that we have to remove.
-    external_inputs: HashMap<CallId, ()>,
+    external_inputs: HashSet<CallId>,
     next_socket: u64,
     next_client: u16,
 }
@@ -444,13 +430,13 @@ impl Engine {
                     return self.reply(Kind::Failed, call, 0, &[]);
                 }
             }
-            self.external_inputs.insert(call, ());
+            self.external_inputs.insert(call);
         }
         self.new_call(message);
     }
 
     fn answer_gateway(&mut self, call: CallId, message: &Message) {
-        if self.external_inputs.remove(&call).is_some() {
+        if self.external_inputs.remove(&call) {
             self.ipc.remove_payload(call, Payload::Input);
         }
         let extra = message.processing().unsigned_abs();
@@ -475,48 +461,5 @@ impl Engine {
         if let Err(e) = self.watch_gateway() {
             eprintln!("engine: {e:#}");
         }
-    }
-}
-
-impl EngineOptions {
-    /// Reads this process's command line.
-    pub fn from_env() -> Result<Self> {
-        let flags = crate::flags::Flags::from_env(
-            &[
-                "gateway_addr",
-                "gateway_port",
-                "num_io_workers",
-                "gateway_conn_per_worker",
-                "node_id",
-                "root_path_for_ipc",
-                "func_config_file",
-                "v",
-            ],
-            &[
-                "use_fifo_for_nested_call",
-                "disable_monitor",
-                "func_worker_pipe_direct_write",
-            ],
-        )?;
-        ensure!(
-            flags.positional.is_empty(),
-            "no positional arguments are taken"
-        );
-        Ok(Self {
-            func_config_file: flags
-                .text("func_config_file")
-                .context("--func_config_file is missing")?
-                .into(),
-            ipc_root: flags
-                .text("root_path_for_ipc")
-                .unwrap_or(ipc::DEFAULT_ROOT)
-                .into(),
-            gateway: (
-                flags.text("gateway_addr").unwrap_or("127.0.0.1").to_owned(),
-                flags.get("gateway_port", 10007)?,
-            ),
-            fifo_for_nested_call: flags.is_on("use_fifo_for_nested_call")?,
-            node: flags.get("node_id", 0)?,
-        })
     }
 }
