@@ -153,7 +153,7 @@ fn from_unwind_information(image: &Image) -> Result<Vec<Extent>, CodeError> {
             continue;
         };
         let frame = partial
-            .parse(|frames, bases, offset| frames.cie_from_offset(bases, offset))
+            .parse(UnwindSection::cie_from_offset)
             .map_err(|_| malformed.clone())?;
         let lsda = match frame.lsda() {
             Some(Pointer::Direct(at)) if at != 0 => Some(at),

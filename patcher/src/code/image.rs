@@ -5,6 +5,7 @@
 //! view: they tell code from data within a segment, and hold `.symtab`.
 
 use std::collections::HashSet;
+use std::ops::Range;
 
 use object::LittleEndian as LE;
 use object::elf;
@@ -15,6 +16,9 @@ use super::CodeError;
 
 /// Largest file that is analysed, in bytes.
 const MAX_FILE: usize = 1 << 30;
+/// Images lie in the lower half of the address space, so that sums of an
+/// address and a small length don't overflow.
+const MAX_ADDRESS: u64 = 1 << 47;
 /// Most relocations and symbols that are read.
 const MAX_TABLE: usize = 1 << 22;
 /// Longest name that a function may have, in bytes without terminator.
@@ -108,7 +112,8 @@ impl Image {
                     let offset = usize::try_from(program.p_offset(endian))
                         .map_err(|_| malformed("segment"))?;
                     let bytes = usize::try_from(size).map_err(|_| malformed("segment"))?;
-                    if offset.checked_add(bytes).is_none_or(|end| end > file.len()) {
+                    let outside = offset.checked_add(bytes).is_none_or(|end| end > file.len());
+                    if outside || range.1 > MAX_ADDRESS {
                         return Err(malformed("segment"));
                     }
                     image.segments.push(Segment {
@@ -466,6 +471,12 @@ impl Image {
             .split(|&b| b == 0)
             .next()
             .filter(|s| s.len() < bytes.len())
+    }
+
+    /// From the first to behind the last address that the file holds.
+    pub(super) fn span(&self) -> Range<u64> {
+        let start = self.segments.first().map_or(0, |s| s.start);
+        start..self.segments.last().map_or(0, |s| s.end)
     }
 
     /// Executable ranges, ascending and disjoint.

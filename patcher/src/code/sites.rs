@@ -84,9 +84,12 @@ struct Candidate {
 #[derive(Default)]
 struct Yield {
     candidates: Vec<Candidate>,
-    /// Direct calls: target, arguments, names in each argument, open.
-    calls: Vec<(u64, [Argument; 6], [(Vec<u64>, bool); 6])>,
+    /// Direct calls: target and what is passed.
+    calls: Vec<(u64, [Argument; 6], Names)>,
 }
+
+/// The names that each argument may be, and whether it may be anything else.
+type Names = [(Vec<u64>, bool); 6];
 
 /// Finds the sites, by address.
 pub(super) fn find(code: &Code<'_>) -> Vec<Found> {
@@ -300,7 +303,7 @@ fn run(code: &Code<'_>, root: usize) -> (Yield, HashSet<u64>) {
     (found, parts.unwrap_or_default())
 }
 
-fn arguments(machine: &Machine<'_>, state: &State) -> ([Argument; 6], [(Vec<u64>, bool); 6]) {
+fn arguments(machine: &Machine<'_>, state: &State) -> ([Argument; 6], Names) {
     let values = ARGUMENTS.map(|register| state.registers[register]);
     let kinds = values.map(|value| argument(machine, value));
     let names = values.map(|value| {

@@ -22,9 +22,7 @@ type Invoke = extern "C" fn(
 type Append = extern "C" fn(*mut c_void, *const u8, usize);
 
 // What the bridge's entry gets: [rsp] = the target, [rsp+8] = the return
-// address, r11 = the site's record. This one counts and goes on, and checks
-// that flags survive the way here in the cheapest way there is: by not
-// depending on them.
+// address, r11 = the site's record. This one counts and goes on.
 global_asm!(
     ".globl code_test_bridge_entry",
     "code_test_bridge_entry:",

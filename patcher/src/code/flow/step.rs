@@ -16,6 +16,8 @@ const MAX_STRIDE: u64 = 64;
 pub(crate) enum Place {
     /// A slot of the frame.
     Stack { region: u64, offset: i64 },
+    /// Any slot of an array in the frame, this one or another.
+    StackArray { region: u64, from: i64 },
     /// One of these addresses in the image, or an element of a table there.
     Image { set: SetId, indexed: bool },
     /// This far behind a pointer of unknown value.
@@ -41,7 +43,7 @@ impl<'a> Machine<'a> {
         Machine {
             image,
             labels,
-            sets: Sets::new(),
+            sets: Sets::new(image.span()),
             watch_parameters: false,
             parameter_stores: HashSet::new(),
             info: InstructionInfoFactory::new(),
@@ -56,7 +58,10 @@ impl<'a> Machine<'a> {
     fn is_table(&self, value: Value) -> bool {
         let (constants, _) = self.sets.constants(value);
         let in_image = |&at: &u64| self.image.bytes_from(at).is_some();
-        matches!(value, Value::Stack { .. }) || constants.iter().any(in_image)
+        matches!(
+            value,
+            Value::Stack { .. } | Value::Above { .. } | Value::Beyond(_)
+        ) || constants.iter().any(in_image)
     }
 
     /// Where the memory operand of `instruction` points.
@@ -103,7 +108,15 @@ impl<'a> Machine<'a> {
         match moved {
             Value::Constants { set, .. } if moved != Value::ANY => Place::Image { set, indexed },
             Value::Stack { region, offset } if !indexed => Place::Stack { region, offset },
-            Value::Stack { .. } => Place::Unknown,
+            Value::Stack {
+                region,
+                offset: from,
+            }
+            | Value::Above { region, from } => Place::StackArray { region, from },
+            Value::Beyond(base) => match self.sets.one(base) {
+                Value::Constants { set, .. } => Place::Image { set, indexed: true },
+                _ => Place::Unknown,
+            },
             _ if indexed => Place::Unknown,
             _ => Place::Field(displacement),
         }
@@ -115,6 +128,7 @@ impl<'a> Machine<'a> {
             Place::Stack { region, offset } => state.slot(region, offset),
             Place::Field(offset) => Value::Field(offset),
             Place::Unknown => Value::ANY,
+            Place::StackArray { region, from } => self.array_element(state, region, from),
             Place::Image { set, indexed } => {
                 let addresses = self.sets.get(set).to_vec();
                 match addresses.as_slice() {
@@ -146,6 +160,33 @@ impl<'a> Machine<'a> {
             }
         }
         self.sets.of(values, open)
+    }
+
+    /// Any element of an array of names in the frame, which begins at `from`
+    /// or about there.
+    fn array_element(&mut self, state: &State, region: u64, from: i64) -> Value {
+        let mut names = Vec::new();
+        let mut last = None;
+        for (offset, value) in state.slots_of(region) {
+            let (constants, _) = self.sets.constants(value);
+            let named = |at: &u64| self.image.name_at(*at).is_some();
+            if constants.is_empty() || !constants.iter().all(named) {
+                continue;
+            }
+            if last.is_some_and(|last: i64| last.checked_add(8) != Some(offset)) {
+                // Another array: the former one was it if it reaches so far.
+                if last >= Some(from) {
+                    break;
+                }
+                names.clear();
+            }
+            names.extend_from_slice(constants);
+            last = Some(offset);
+        }
+        if last < Some(from) {
+            names.clear();
+        }
+        self.sets.of(names, true)
     }
 
     /// Any element of the table of pointers at `base`: names, or code.
@@ -311,6 +352,7 @@ impl<'a> Machine<'a> {
             M::Lea => {
                 let value = match self.place(state, i) {
                     Place::Stack { region, offset } => Value::Stack { region, offset },
+                    Place::StackArray { region, from } => Value::Above { region, from },
                     Place::Image {
                         set,
                         indexed: false,
@@ -322,6 +364,11 @@ impl<'a> Machine<'a> {
             M::Add | M::Sub if to_register => {
                 let value = self.sum(state, i);
                 self.write(state, i.op0_register(), value, ip);
+            }
+            M::Add | M::Sub if i.memory_size().size() == 8 => {
+                let value = self.sum(state, i);
+                let place = self.place(state, i);
+                self.store(state, place, 8, value);
             }
             M::Xor if to_register && same_register(i) => {
                 let zero = self.sets.one(0);
@@ -581,7 +628,7 @@ fn beside(sets: &mut Sets, place: Place) -> Place {
                 _ => Place::Unknown,
             }
         }
-        Place::Unknown => Place::Unknown,
+        Place::StackArray { .. } | Place::Unknown => Place::Unknown,
     }
 }
 

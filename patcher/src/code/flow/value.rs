@@ -1,6 +1,7 @@
 //! What a register or a stack slot may hold.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use iced_x86::Register;
 
@@ -10,7 +11,8 @@ pub(crate) const MAX_SET: usize = 8;
 const MAX_SLOTS: usize = 256;
 
 /// An abstract value. Joins only ever go up this order: one of the exact
-/// kinds, a set that grows and opens, [`Value::Many`], [`Value::Undefined`].
+/// kinds, a set that grows and opens (or a range that widens),
+/// [`Value::Many`], [`Value::Undefined`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Value {
     /// Clobbered by a call on some way here: whoever passes this on as an
@@ -24,6 +26,11 @@ pub(crate) enum Value {
     /// An address in the frame: bytes from where `rsp` pointed at the entry
     /// (region 0), or from where the instruction at `region` put it.
     Stack { region: u64, offset: i64 },
+    /// Any of several addresses in a region of the frame, at this offset or
+    /// above: a pointer that walks through an array there.
+    Above { region: u64, from: i64 },
+    /// Any of many addresses in the image, this one or above.
+    Beyond(u64),
     /// What the caller passed in the argument register of this number (0-5).
     Parameter(u8),
     /// Loaded from this many bytes behind a pointer of unknown value.
@@ -57,13 +64,17 @@ impl Value {
 pub(crate) struct Sets {
     list: Vec<Box<[u64]>>,
     ids: HashMap<Box<[u64]>, SetId>,
+    /// Addresses of the image.
+    image: Range<u64>,
 }
 
 impl Sets {
-    pub(crate) fn new() -> Sets {
+    /// No sets yet; constants within `image` are addresses.
+    pub(crate) fn new(image: Range<u64>) -> Sets {
         let mut sets = Sets {
             list: Vec::new(),
             ids: HashMap::new(),
+            image,
         };
         sets.intern(&[]);
         sets
@@ -95,7 +106,11 @@ impl Sets {
         values.sort_unstable();
         values.dedup();
         if values.len() > MAX_SET {
-            return Value::Many;
+            let addresses = values.iter().all(|v| self.image.contains(v));
+            return match values.first() {
+                Some(&first) if addresses => Value::Beyond(first),
+                _ => Value::Many,
+            };
         }
         Value::Constants {
             set: self.intern(&values),
@@ -120,7 +135,7 @@ impl Sets {
     }
 
     pub(crate) fn join(&mut self, a: Value, b: Value) -> Value {
-        use Value::{Constants, Many, Undefined};
+        use Value::{Above, Beyond, Constants, Many, Stack, Undefined};
         match (a, b) {
             _ if a == b => a,
             (Undefined, _) | (_, Undefined) => Undefined,
@@ -136,9 +151,34 @@ impl Sets {
                 union.extend_from_slice(self.get(t));
                 self.of(union, o || p)
             }
+            (Beyond(a), Beyond(b)) => Beyond(a.min(b)),
+            (Beyond(a), Constants { set, .. }) | (Constants { set, .. }, Beyond(a)) => {
+                let lowest = self
+                    .get(set)
+                    .iter()
+                    .filter(|c| self.image.contains(c))
+                    .min();
+                Beyond(lowest.map_or(a, |&low| low.min(a)))
+            }
             (Constants { set, .. }, _) | (_, Constants { set, .. }) => {
                 Constants { set, open: true }
             }
+            (Beyond(a), _) | (_, Beyond(a)) => Beyond(a),
+            (
+                Stack {
+                    region: r,
+                    offset: a,
+                }
+                | Above { region: r, from: a },
+                Stack {
+                    region: s,
+                    offset: b,
+                }
+                | Above { region: s, from: b },
+            ) if r == s => Above {
+                region: r,
+                from: a.min(b),
+            },
             _ => Value::ANY,
         }
     }
@@ -159,6 +199,11 @@ impl Sets {
                 Some(offset) => Value::Stack { region, offset },
                 None => Value::ANY,
             },
+            Value::Above { region, from } => match g(from) {
+                Some(from) => Value::Above { region, from },
+                None => Value::ANY,
+            },
+            Value::Beyond(at) => Value::Beyond(f(at)),
             Value::Undefined | Value::Many => value,
             _ => Value::ANY,
         }
@@ -241,6 +286,14 @@ impl State {
         }
     }
 
+    /// The slots of a region, by offset.
+    pub(crate) fn slots_of(&self, region: u64) -> impl Iterator<Item = (i64, Value)> {
+        let slots = self.slots.iter();
+        slots
+            .filter(move |slot| slot.0.0 == region)
+            .map(|slot| (slot.0.1, slot.1))
+    }
+
     /// Forgets what `size` bytes at `offset` held.
     pub(crate) fn forget(&mut self, region: u64, offset: i64, size: i64) {
         self.slots.retain(|&((r, o), _)| {
@@ -306,7 +359,7 @@ mod tests {
 
     #[test]
     fn joins_go_up_and_end() {
-        let mut sets = Sets::new();
+        let mut sets = Sets::new(0x1000..0x9000);
         let one = sets.one(1);
         let two = sets.one(2);
         let both = sets.join(one, two);
@@ -321,6 +374,19 @@ mod tests {
         }
         assert_eq!(grown, Value::Many);
         assert_eq!(sets.join(grown, one), Value::Many);
+        let mut walking = sets.one(0x2000);
+        for step in 1..=9 {
+            let next = sets.one(0x2000 + 8 * step);
+            walking = sets.join(walking, next);
+        }
+        assert_eq!(walking, Value::Beyond(0x2000));
+        let slot = |offset| Value::Stack { region: 0, offset };
+        let above = Value::Above {
+            region: 0,
+            from: -16,
+        };
+        assert_eq!(sets.join(slot(-8), slot(-16)), above);
+        assert_eq!(sets.join(above, slot(0)), above);
         assert_eq!(sets.join(Value::Undefined, one), Value::Undefined);
         assert_eq!(
             sets.join(Value::Parameter(1), Value::Parameter(2)),
@@ -330,7 +396,7 @@ mod tests {
 
     #[test]
     fn a_store_forgets_what_it_overlaps() {
-        let mut sets = Sets::new();
+        let mut sets = Sets::new(0x1000..0x9000);
         let mut state = State::entry();
         let one = sets.one(1);
         state.set_slot(0, -8, one);

@@ -38,6 +38,15 @@ fn what_is_no_library_is_said() {
         error(&|f| f.truncate(0x3100)),
         Some(CodeError::Malformed { what: "segment" })
     );
+    // The code segment at the top of the address space.
+    assert_eq!(
+        error(&|f| f[64 + 56 + 16..64 + 56 + 24].fill(0xff)),
+        Some(CodeError::Malformed { what: "segment" })
+    );
+    assert_eq!(
+        error(&|f| f[64 + 56 + 16 + 6] = 1),
+        Some(CodeError::Malformed { what: "segment" })
+    );
     assert_eq!(
         CodeError::Malformed { what: "segment" }.to_string(),
         "malformed segment"
