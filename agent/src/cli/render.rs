@@ -322,7 +322,7 @@ fn patched_row(worker: &PatchedWorker) -> [String; 8] {
         or_nothing(worker.pid_inside),
         or_nothing(worker.container.as_ref()),
         format!("{outcome}{first}"),
-        or_nothing(worker.receipt.as_ref().map(|receipt| receipt.sites.len())),
+        or_nothing(receipt.map(|receipt| receipt.sites.len())),
         or_nothing(receipt.map(|receipt| nanos(receipt.commit_stop_ns))),
         or_nothing(receipt.map(|receipt| stops(&receipt.stops_ns))),
         or_nothing(worker.proof.as_ref().map(proof)),
@@ -330,7 +330,10 @@ fn patched_row(worker: &PatchedWorker) -> [String; 8] {
 }
 
 fn proof(proof: &Proof) -> String {
-    let waited = nanos(proof.waited_ms.saturating_mul(1_000_000));
+    let waited = match proof.waited_ms {
+        0 => "under 1 ms".to_owned(),
+        ms => nanos(ms.saturating_mul(1_000_000)),
+    };
     match proof.verdict {
         ProofVerdict::Proven => {
             let errors = match proof.fused_errors {

@@ -89,6 +89,8 @@ pub struct Worker {
     pub library: Option<PathBuf>,
     /// Number of threads.
     pub threads: u32,
+    /// Processor time so far, in clock ticks: which worker is the busiest.
+    pub cpu_ticks: u64,
     /// The process that traces it.
     pub tracer: Option<Tracer>,
 }

@@ -102,6 +102,8 @@ pub struct Stat {
     pub threads: u32,
     /// Start time in clock ticks since boot.
     pub start_time: u64,
+    /// Processor time of all its threads so far, in clock ticks.
+    pub cpu_ticks: u64,
 }
 
 /// What `/proc/PID/status` says, as far as it is used here.
@@ -295,6 +297,10 @@ fn parse_stat(bytes: &[u8]) -> Option<Stat> {
         ppid: field(4)?.parse().ok()?,
         threads: field(20)?.parse().ok()?,
         start_time: field(22)?.parse().ok()?,
+        cpu_ticks: field(14)?
+            .parse::<u64>()
+            .ok()?
+            .saturating_add(field(15)?.parse().ok()?),
     })
 }
 
@@ -334,13 +340,14 @@ mod tests {
 
     #[test]
     fn stat_survives_a_hostile_command_name() {
-        let text = b"42 (a) S 1 (b) c) R 7 42 42 0 -1 4194304 1 0 0 0 0 0 0 0 20 0 3 0 9876 1 1";
+        let text = b"42 (a) S 1 (b) c) R 7 42 42 0 -1 4194304 1 0 0 0 30 12 0 0 20 0 3 0 9876 1 1";
         let stat = parse_stat(text).unwrap();
         assert_eq!(stat.comm, "a) S 1 (b) c");
         assert_eq!(
             (stat.state, stat.ppid, stat.threads, stat.start_time),
             ('R', 7, 3, 9876)
         );
+        assert_eq!(stat.cpu_ticks, 42);
     }
 
     #[test]

@@ -318,6 +318,7 @@ fn worker(
         kind,
         library,
         threads: stat.threads,
+        cpu_ticks: stat.cpu_ticks,
         tracer: (status.tracer_pid != 0).then(|| tracer(proc_root, status.tracer_pid)),
     };
     Ok(Some((worker, clues)))

@@ -7,7 +7,9 @@
 //!   touched)
 //! ```
 //!
-//! A worker that exits before or during its own patch is reported and the next
+//! The canary is the worker that has used most processor time: a node under
+//! light load gives all calls to one, and only where there are calls is there
+//! proof. A worker that exits before or during its own patch is reported and the next
 //! one takes its place. One that exits while it is *watched* counts as bad: a
 //! crash of the fused code would look the same, and the others must not follow.
 
@@ -35,7 +37,9 @@ pub fn patch(
     request: &PatchRequest,
 ) -> Result<PatchReport, AgentError> {
     let (caller, callee) = select::edge(node, &request.caller, &request.callee, request.engine)?;
-    let callers = select::native_workers(caller)?;
+    let mut callers = select::native_workers(caller)?;
+    // The busiest first: a canary that nobody calls proves nothing.
+    callers.sort_by_key(|(worker, _)| (std::cmp::Reverse(worker.cpu_ticks), worker.pid));
     let callees = select::native_workers(callee)?;
     context.require_capabilities()?;
     let mut edge = Edge {

@@ -260,6 +260,9 @@ pub(super) fn mixed_builds(
     function: &discover::Function,
     workers: &[(&discover::Worker, Target)],
 ) -> Option<String> {
+    if workers.len() < 2 {
+        return None;
+    }
     let builds: BTreeSet<String> = workers
         .iter()
         .filter_map(|(_, target)| grafter.build_id(target).ok())

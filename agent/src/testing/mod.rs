@@ -42,6 +42,7 @@ pub(crate) fn native_worker(pid: i32) -> Worker {
         kind: WorkerKind::Native,
         library: Some(PathBuf::from("/functions/lib.so")),
         threads: 1,
+        cpu_ticks: 0,
         tracer: None,
     }
 }

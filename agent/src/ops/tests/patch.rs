@@ -324,3 +324,23 @@ fn a_callee_s_worker_that_exits_is_replaced_by_the_next() {
         ["patch 11 from 21", "patch 12 from 21"]
     );
 }
+
+#[test]
+fn the_busiest_worker_is_the_canary() {
+    let bench = bench([living(&[PROVEN]), living(&[PROVEN])]);
+    let stat = bench.proc.path(12).join("stat");
+    let text = std::fs::read_to_string(&stat).unwrap();
+    // Fields 14 and 15 of proc_pid_stat(5), user and system time.
+    let mut fields: Vec<&str> = text.split(' ').collect();
+    (fields[13], fields[14]) = ("7", "2");
+    std::fs::write(&stat, fields.join(" ")).unwrap();
+    let report = bench.patch().unwrap();
+    assert_eq!(
+        (report.workers[0].pid, report.workers[0].canary),
+        (12, true)
+    );
+    assert_eq!(
+        bench.grafter.log(),
+        ["patch 12 from 21", "patch 11 from 21"]
+    );
+}

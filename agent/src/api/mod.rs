@@ -479,3 +479,6 @@ pub enum RevertOutcome {
     /// It has exited.
     Gone,
 }
+
+#[cfg(test)]
+mod tests;
