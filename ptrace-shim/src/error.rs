@@ -26,7 +26,8 @@ pub enum Error {
         /// What was being done.
         operation: &'static str,
     },
-    /// The thread exited meanwhile; its process lives.
+    /// The thread exited meanwhile; its process lives, or is just about to end
+    /// as well.
     #[error("thread {tid} of process {pid} exited during: {operation}")]
     ThreadGone {
         /// The process.

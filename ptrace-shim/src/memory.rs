@@ -80,7 +80,7 @@ impl Memory {
     /// As for [`Memory::open`].
     pub fn open_with(process: &Process, method: WriteMethod) -> Result<Memory> {
         let file = process
-            .open_at("mem", OFlag::O_RDWR)
+            .open_of_memory("mem", OFlag::O_RDWR)
             .map_err(|error| match error {
                 Error::Proc {
                     cause: Errno::EACCES | Errno::EPERM,

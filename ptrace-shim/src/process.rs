@@ -144,7 +144,7 @@ impl Process {
     /// [`Error::NoSuchProcess`] if it is gone; [`Error::Proc`] if we are not
     /// permitted to know.
     pub fn mappings(&self) -> Result<Vec<Mapping>> {
-        let text = self.read_text("maps")?;
+        let text = self.read_text(&format!("{}maps", self.with_memory()?))?;
         maps::parse(&text).map_err(|()| self.broken("maps"))
     }
 
@@ -176,6 +176,24 @@ impl Process {
             Mode::empty(),
         )
         .map_err(|cause| self.failed(file, cause))
+    }
+
+    /// Opens a file about the memory that its threads share.
+    pub(crate) fn open_of_memory(&self, file: &str, flags: OFlag) -> Result<OwnedFd> {
+        self.open_at(&format!("{}{file}", self.with_memory()?), flags)
+    }
+
+    /// Whose files tell of the memory: a leader that others outlive has none.
+    fn with_memory(&self) -> Result<String> {
+        let dead = |tid| matches!(self.state(tid), 'Z' | 'X' | 'x');
+        if !dead(self.pid().leader()) {
+            return Ok(String::new());
+        }
+        let others = self.threads()?;
+        Ok(match others.into_iter().find(|&tid| !dead(tid)) {
+            Some(tid) => format!("task/{tid}/"),
+            None => String::new(),
+        })
     }
 
     pub(crate) fn read_text(&self, file: &str) -> Result<String> {

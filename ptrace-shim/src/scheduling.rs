@@ -170,8 +170,9 @@ fn is_idle() -> bool {
     let Ok(text) = std::fs::read_to_string("/proc/loadavg") else {
         return false;
     };
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    runnable(&text).is_some_and(|runnable| runnable <= cpus)
+    let cpus = nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN);
+    let cpus = cpus.ok().flatten().map_or(1, i64::cast_unsigned);
+    runnable(&text).is_some_and(|runnable| runnable as u64 <= cpus)
 }
 
 /// The number before the slash in `0.12 0.08 0.05 2/345 6789`.

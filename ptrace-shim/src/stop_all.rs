@@ -12,7 +12,10 @@
 //! ```
 //!
 //! A thread can only be started by one that is not stopped: once all of a
-//! complete list are stopped, there are no others.
+//! complete list are stopped, there are no others. The kernel's list is not
+//! complete if a thread on it exits while it is read, even if their number is
+//! right (one more may have been started): so a list counts only if all on it
+//! are ours already.
 
 use crate::error::{Error, Result};
 use crate::options::StopOptions;
@@ -27,6 +30,8 @@ use crate::tracee::{self, Deadline, Settled, Tracee};
 use crate::{Address, Memory, PAGE_SIZE, Process, Registers, Tid, WriteMethod};
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
+
+const OPERATION: &str = "stopping all threads";
 
 /// Stops all threads of a process.
 ///
@@ -64,26 +69,30 @@ pub fn stop_all(process: &Process, options: impl Into<StopOptions>) -> Result<St
         from = stopped.threads.len();
         listed.clear();
         let complete = tasks.list(&mut listed)?;
-        listed.retain(|tid| stopped.position(*tid).is_none());
+        listed.retain(|tid| stopped.position(*tid).is_none() && !is_dead_leader(process, *tid));
+        if complete && listed.is_empty() {
+            break;
+        }
+        // Even one that is gone before it can be seized makes another look
+        // necessary: the kernel ends a list early at a thread that exits.
         stopped.seize(&listed)?;
-        // What is left on the list now is dead.
-        if stopped.threads.len() == from {
-            if complete {
-                break;
-            }
-            if deadline.has_passed() {
-                return Err(Error::Timeout {
-                    pid: process.pid(),
-                    tid: process.pid().leader(),
-                    state: process.state(process.pid().leader()),
-                    operation: "listing all threads",
-                    limit: deadline.limit,
-                });
-            }
+        if deadline.has_passed() {
+            return Err(Error::Timeout {
+                pid: process.pid(),
+                tid: process.pid().leader(),
+                state: process.state(process.pid().leader()),
+                operation: "listing all threads",
+                limit: deadline.limit,
+            });
         }
     }
     stopped.look()?;
     Ok(stopped)
+}
+
+/// Whether this is a leader that others outlive: it stays on the list.
+fn is_dead_leader(process: &Process, tid: Tid) -> bool {
+    tid == process.pid().leader() && process.state(tid) == 'Z'
 }
 
 /// A process with all threads stopped.
@@ -264,8 +273,10 @@ impl StoppedProcess {
             .filter_map(|thread| thread.disturbed.take())
             .collect();
         let threads = self.threads.len();
+        let first = self.threads.first();
+        let killed = first.is_some_and(|thread| !thread.tracee.stands_still());
         let (running, duration) = self.let_go();
-        if running == 0 {
+        if killed || running == 0 {
             return Err(self.died("resuming"));
         }
         Ok(Stop {
@@ -308,25 +319,55 @@ impl StoppedProcess {
         for thread in &self.threads[from..] {
             thread.tracee.interrupt();
         }
+        // One tick at a time, see below.
+        let step = Deadline::after(Duration::ZERO);
         let mut next = from;
         while let Some(thread) = self.threads.get_mut(next) {
-            match thread
-                .tracee
-                .settle(&self.process, deadline, "stopping all threads")?
-            {
-                Settled::Stopped => next += 1,
-                Settled::Gone => {
+            match thread.tracee.settle(&self.process, step, OPERATION) {
+                Ok(Settled::Stopped) => next += 1,
+                Ok(Settled::Gone) => {
                     self.threads.remove(next).tracee.release(&self.process);
                 }
+                Err(Error::Timeout {
+                    pid, tid, state, ..
+                }) => {
+                    if deadline.has_passed() {
+                        return Err(Error::Timeout {
+                            pid,
+                            tid,
+                            state,
+                            operation: OPERATION,
+                            limit: deadline.limit,
+                        });
+                    }
+                    next -= self.release_dying(next);
+                }
+                Err(error) => return Err(error),
             }
         }
         Ok(())
     }
 
+    /// Lets go of threads that have come to their exit: a thread that executes
+    /// a program can't be stopped before all others are dead. Returns how many
+    /// of them stood before `position`.
+    fn release_dying(&mut self, position: usize) -> usize {
+        let mut before = 0;
+        let mut index = 0;
+        while let Some(thread) = self.threads.get(index) {
+            if matches!(thread.tracee.now(), Some(Event::Exit | Event::Dead)) {
+                self.threads.remove(index).tracee.release(&self.process);
+                before += usize::from(index + before < position);
+            } else {
+                index += 1;
+            }
+        }
+        before
+    }
+
     /// Reads everyone's registers, and makes sure that all are still what they
     /// were stopped as.
     fn look(&mut self) -> Result<()> {
-        const OPERATION: &str = "stopping all threads";
         if self.threads.is_empty() {
             return Err(self.died(OPERATION));
         }
@@ -334,7 +375,7 @@ impl StoppedProcess {
             let tid = thread.tracee.tid;
             // A thread that executed another program while others were being
             // stopped took the leader's place, which had been stopped already.
-            if !matches!(thread.tracee.now(), Some(Event::Trap | Event::GroupStop)) {
+            if !thread.tracee.stands_still() {
                 return Err(if self.process.is_alive() {
                     Error::Executed {
                         pid: self.process.pid(),
@@ -357,6 +398,7 @@ impl StoppedProcess {
     /// Detaches from all; how many run on, and how long the stop was.
     fn let_go(&mut self) -> (usize, Duration) {
         let threads = std::mem::take(&mut self.threads);
+        let seized = !threads.is_empty();
         // Those that stand first: letting go of others may take a wait.
         let (stopped, moving): (Vec<_>, Vec<_>) = threads
             .into_iter()
@@ -373,6 +415,9 @@ impl StoppedProcess {
         let duration = self.since.elapsed();
         for tracee in dead.into_iter().chain(moving) {
             running += usize::from(tracee.release(&self.process));
+        }
+        if seized {
+            tracee::release_heir(&self.process);
         }
         (running, duration)
     }

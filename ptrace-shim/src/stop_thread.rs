@@ -37,7 +37,7 @@ pub fn stop_thread(
     let (tid, options) = (tid.into(), options.into());
     let gone = || tracee::gone(process, tid, OPERATION);
     let memory = Memory::open(process)?;
-    let maps = process.open_at("maps", OFlag::O_RDONLY)?;
+    let maps = process.open_of_memory("maps", OFlag::O_RDONLY)?;
     let tick = start_tick(process)?;
     let placed = options.scheduling.apply(process, &[tid]);
 
@@ -183,11 +183,17 @@ impl StoppedThread {
     }
 
     fn let_go(&mut self) -> (bool, Duration) {
-        let runs = match self.tracee.take() {
-            Some(tracee) => tracee.release(&self.process),
-            None => true,
+        let Some(tracee) = self.tracee.take() else {
+            return (true, self.since.elapsed());
         };
-        (runs, self.since.elapsed())
+        let tid = tracee.tid;
+        let vanished = tid != self.process.pid().leader() && tracee.now() == Some(Event::NotOurs);
+        let runs = tracee.release(&self.process);
+        let stopped = self.since.elapsed();
+        if vanished {
+            tracee::release_heir(&self.process);
+        }
+        (runs, stopped)
     }
 
     /// Waits for whatever it comes to next, having been resumed.

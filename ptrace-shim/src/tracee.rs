@@ -13,6 +13,11 @@
 //! with that signal and a new request to stop, which it meets before it runs an
 //! instruction.
 //!
+//! A thread that dies stops once more, at its exit, and is let go of there. If
+//! another thread executes a program, everyone else dies, and that thread goes
+//! on under the leader's id, still ours: the *heir*, which has to be let go of
+//! as well.
+//!
 //! A running tracee can't be detached from. One that does not stop in time (an
 //! uninterruptible wait) is *left over*: in a [`crate::tracer_thread`] the
 //! kernel detaches it cleanly when that OS thread ends; elsewhere we wait for
@@ -73,22 +78,48 @@ pub(crate) struct Tracee {
 impl Tracee {
     /// Seizes a thread without stopping it; `Ok(None)` if it is gone.
     pub(crate) fn seize(process: &Process, tid: Tid) -> Result<Option<Tracee>> {
-        match ptrace::seize(tid) {
-            Ok(()) => {
-                let tracee = Tracee {
-                    tid,
-                    stopped: false,
-                };
-                // The number may have become another process's thread.
-                if process.stat(tid).is_err() {
-                    tracee.release(process);
-                    return Ok(None);
+        const ATTEMPTS: u32 = 10;
+        const PAUSE: Duration = Duration::from_micros(200);
+        let mut refused = None;
+        for _ in 0..ATTEMPTS {
+            match ptrace::seize(tid) {
+                Ok(()) => {
+                    let tracee = Tracee::of(tid);
+                    // The number may have become another process's thread.
+                    if process.stat(tid).is_err() {
+                        tracee.release(process);
+                        return Ok(None);
+                    }
+                    return Ok(Some(tracee));
                 }
-                Ok(Some(tracee))
+                Err(Errno::ESRCH) => return Ok(None),
+                Err(Errno::EPERM) => match refusal(process, tid) {
+                    None => return Ok(None),
+                    // The heir; one that we hold stopped is not taken twice.
+                    Some(Error::TracedByAnother { tracer, .. })
+                        if is_us(tracer) && !Tracee::of(tid).stands_still() =>
+                    {
+                        return Ok(Some(Tracee::of(tid)));
+                    }
+                    // The dead get EPERM as well, and while a process executes
+                    // a program its leader may be a dead one in one moment and
+                    // the heir in the next.
+                    Some(error @ Error::NotPermitted { .. }) => {
+                        refused = Some(error);
+                        std::thread::sleep(PAUSE);
+                    }
+                    Some(error) => return Err(error),
+                },
+                Err(cause) => return Err(failed(process, tid, "seizing", cause)),
             }
-            Err(Errno::ESRCH) => Ok(None),
-            Err(Errno::EPERM) => refusal(process, tid).map_or(Ok(None), Err),
-            Err(cause) => Err(failed(process, tid, "seizing", cause)),
+        }
+        refused.map_or(Ok(None), Err)
+    }
+
+    fn of(tid: Tid) -> Tracee {
+        Tracee {
+            tid,
+            stopped: false,
         }
     }
 
@@ -122,6 +153,9 @@ impl Tracee {
                 }
                 Event::Exec => {
                     self.stopped = true;
+                    // One that was not consumed can't be detached from, if it
+                    // is the heir's (`looks_like_a_spurious_pid`).
+                    let _ = wait::consume_stop(self.tid);
                     return Err(Error::Executed {
                         pid: process.pid(),
                         operation,
@@ -132,7 +166,15 @@ impl Tracee {
                     self.stopped = true;
                     return Ok(Settled::Gone);
                 }
-                Event::Dead | Event::NotOurs => return Ok(Settled::Gone),
+                Event::Dead => return Ok(Settled::Gone),
+                // Nobody but us reaps it, so it has become the heir.
+                Event::NotOurs if self.tid != process.pid().leader() => {
+                    return Err(Error::Executed {
+                        pid: process.pid(),
+                        operation,
+                    });
+                }
+                Event::NotOurs => return Ok(Settled::Gone),
             }
         }
     }
@@ -177,6 +219,14 @@ impl Tracee {
         wait::look(self.tid, Patience::Poll).ok().flatten()
     }
 
+    /// Whether it is in a stop that it stays in until we resume it.
+    pub(crate) fn stands_still(&self) -> bool {
+        matches!(
+            self.now(),
+            Some(Event::Trap | Event::GroupStop | Event::Syscall)
+        )
+    }
+
     /// Notes that it runs again, from a request that can only fail because it
     /// was killed.
     fn go_on(&mut self, _resumed: Result<(), Errno>) {
@@ -204,27 +254,18 @@ impl Tracee {
 
     /// Lets go of it, whatever it is doing: stopped threads run on (or stay in
     /// their group-stop), running ones are stopped first, dead ones buried.
-    /// Returns false if it is or was dead.
-    pub(crate) fn release(self, process: &Process) -> bool {
-        if self.stopped {
-            match ptrace::detach(self.tid) {
-                Ok(()) => return true,
-                Err(Errno::ESRCH) => {
-                    bury(process, self.tid);
-                    return false;
-                }
-                Err(error) => tracing::error!(tid = %self.tid, %error, "detaching failed"),
-            }
+    /// Returns false if it is dead or dying.
+    pub(crate) fn release(mut self, process: &Process) -> bool {
+        let dying = self.stopped && self.now() == Some(Event::Exit);
+        if self.stopped && ptrace::detach(self.tid).is_ok() {
+            return !dying;
         }
-        self.release_running(process)
-    }
-
-    /// The slow way of letting go, for one that is not known to be stopped.
-    fn release_running(mut self, process: &Process) -> bool {
-        let limit = if crate::tracer_thread::is_current() {
-            Duration::ZERO
-        } else {
+        // Stopped, but not any more: it was killed, and will soon be at its
+        // exit. Else it may be anywhere.
+        let limit = if self.stopped || !crate::tracer_thread::is_current() {
             GRACE
+        } else {
+            Duration::ZERO
         };
         self.interrupt();
         // A failed exec-check is no matter here: it is let go of in any case.
@@ -242,6 +283,7 @@ impl Tracee {
                 }
                 false
             }
+            Err(_) if self.now() == Some(Event::NotOurs) => false,
             Err(error) => {
                 if crate::tracer_thread::is_current() {
                     tracing::warn!(tid = %self.tid, %error, "left over to the end of this OS thread");
@@ -252,6 +294,20 @@ impl Tracee {
             }
         }
     }
+}
+
+/// Lets go of a thread that goes on under the leader's id, having executed a
+/// program, if it is ours. For when all others have been let go of.
+pub(crate) fn release_heir(process: &Process) {
+    // A wait can't tell: the leader may be a child of ours anyway.
+    if matches!(process.tracer_of(), Ok(Some((tracer, _))) if is_us(tracer)) {
+        Tracee::of(process.pid().leader()).release(process);
+    }
+}
+
+/// Whether a tracer is the calling OS thread.
+fn is_us(tracer: Pid) -> bool {
+    nix::unistd::gettid().as_raw() == tracer.as_raw()
 }
 
 /// Reaps a dead thread, so that its own parent hears of it.
@@ -327,9 +383,16 @@ pub(crate) fn failed(process: &Process, tid: Tid, operation: &'static str, cause
 /// The error for a thread that is no more.
 pub(crate) fn gone(process: &Process, tid: Tid, operation: &'static str) -> Error {
     let pid = process.pid();
-    // A process that was killed takes a moment to be seen as dead: its leader
-    // is the last to become a zombie. A killed leader alone means the same.
-    if !process.is_alive() || tid == pid.leader() && matches!(process.state(tid), 'Z' | 'X' | 'x') {
+    // A process that was killed takes a moment to be seen as dead. A thread
+    // that a signal kills does not die alone.
+    let killed = || {
+        const SIGNAL: u64 = 0x7f;
+        let tracee = Tracee::of(tid);
+        tracee.now() == Some(Event::Exit)
+            && ptrace::event_message(tid).is_ok_and(|status| status & SIGNAL != 0)
+    };
+    let dead_leader = || tid == pid.leader() && matches!(process.state(tid), 'Z' | 'X' | 'x');
+    if !process.is_alive() || dead_leader() || killed() {
         return Error::ProcessDied { pid, operation };
     }
     Error::ThreadGone {

@@ -27,8 +27,10 @@ const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
 ///   becomes a real SIGTRAP when the tracer dies.
 /// - TRACEEXEC: else a thread that execs before it stops would be taken for
 ///   the one that was asked for, in a program that is another.
-/// - TRACEEXIT: the exit of a thread is seen at once, even a leader's that is
-///   outlived by others (whose end no wait reports).
+/// - TRACEEXIT: a thread that exits or is killed is let go of before it is
+///   dead, so that nobody is left to be buried by us. (Without, the end of a
+///   leader that others outlive would not even be reported.) It waits for us
+///   at that point: no longer than the stop lasts.
 ///
 /// EXITKILL never.
 const OPTIONS: libc::c_int =
@@ -261,6 +263,21 @@ pub(crate) fn poke(tid: Tid, address: u64, word: u64) -> Result<(), Errno> {
         )
     }
     .map(drop)
+}
+
+/// What an event-stop says; at the exit of a thread, its status as of `wait`.
+pub(crate) fn event_message(tid: Tid) -> Result<u64, Errno> {
+    let mut message = 0u64;
+    // SAFETY: data points to a word.
+    unsafe {
+        request(
+            libc::PTRACE_GETEVENTMSG,
+            tid,
+            null_mut(),
+            (&raw mut message).cast(),
+        )
+    }?;
+    Ok(message)
 }
 
 /// What is known of a signal: its number, and `si_code`.

@@ -54,11 +54,7 @@ const CALLS: &[(&str, libc::c_long, Expect)] = &[
     ("futex", libc::SYS_futex, Expect::Unseen(0)),
     ("pause", libc::SYS_pause, Expect::Unseen(EINTR)),
     ("sigsuspend", libc::SYS_rt_sigsuspend, Expect::Unseen(EINTR)),
-    (
-        "wait4",
-        libc::SYS_wait4,
-        Expect::Unseen(-(libc::ECHILD as i64)),
-    ),
+    ("waitid", libc::SYS_waitid, Expect::Unseen(0)),
     ("flock", libc::SYS_flock, Expect::Unseen(0)),
     ("poll", libc::SYS_poll, Expect::UnseenNotLent(1)),
     ("futex-timeout", libc::SYS_futex, Expect::UnseenNotLent(0)),
@@ -148,7 +144,7 @@ pub(crate) fn block(name: &str) {
     let mut semaphores = None;
     let mut listener = 0;
     let fd = |fd: i32| u64::from(fd.cast_unsigned());
-    let mut arguments = match name {
+    let arguments = match name {
         "epoll_wait" | "epoll_pwait2" => {
             // SAFETY: a number.
             let epoll = unsafe { libc::epoll_create1(0) };
@@ -217,7 +213,7 @@ pub(crate) fn block(name: &str) {
             call(libc::SYS_rt_sigprocmask, [0, blocked, 0, 8, 0, 0]);
             [leak(0u64), 8, 0, 0, 0, 0]
         }
-        "wait4" => {
+        "waitid" => {
             // SAFETY: the child only waits for its input's end or its killing.
             let child = unsafe { libc::fork() };
             if child == 0 {
@@ -228,9 +224,9 @@ pub(crate) fn block(name: &str) {
                     libc::_exit(0);
                 }
             }
-            semaphores = None;
             listener = child;
-            [u64::from(child.cast_unsigned()), 0, 0, 0, 0, 0]
+            let exited = libc::WEXITED as u64;
+            [libc::P_PID.into(), fd(child), 0, exited, 0, 0]
         }
         "flock" => {
             let file = tempfile();
@@ -253,10 +249,6 @@ pub(crate) fn block(name: &str) {
         }
         other => panic!("{other}"),
     };
-    if name == "wait4" {
-        // Dies with the leader, not with the release.
-        arguments[2] = 0;
-    }
     handle(libc::SIGUSR1, ignore, libc::SA_RESTART);
     let pid = std::process::id().cast_signed();
     let released = name.to_owned();
@@ -282,10 +274,8 @@ pub(crate) fn block(name: &str) {
                 "pause" | "sigsuspend" => {
                     libc::syscall(libc::SYS_tgkill, pid, leader, libc::SIGUSR1);
                 }
-                "wait4" => {
-                    // Reaped here, so the leader's wait finds no child.
+                "waitid" => {
                     libc::kill(listener, libc::SIGKILL);
-                    libc::waitpid(listener, std::ptr::null_mut(), 0);
                 }
                 "flock" => {
                     libc::flock(listener, libc::LOCK_UN);

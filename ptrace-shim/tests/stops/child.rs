@@ -125,6 +125,23 @@ impl Subject {
         rest.chars().next().unwrap()
     }
 
+    /// Whether a thread is gone, or on its way out: past its last user code.
+    pub(crate) fn is_exiting(&self, tid: Tid) -> bool {
+        const PF_EXITING: u64 = 4;
+        let path = format!("/proc/{}/task/{tid}/stat", self.pid());
+        let flags = || {
+            let stat = std::fs::read_to_string(&path).ok()?;
+            let (_, rest) = stat.rsplit_once(") ")?;
+            rest.split(' ').nth(6)?.parse::<u64>().ok()
+        };
+        // An instant passes between being let go of and the flag.
+        until(
+            || flags().is_none_or(|flags| flags & PF_EXITING != 0),
+            || format!("{:?}", std::fs::read_to_string(&path)),
+        );
+        true
+    }
+
     /// Waits until a thread is in a state.
     pub(crate) fn until_state(&self, tid: impl Into<Tid>, state: char) {
         let tid = tid.into();

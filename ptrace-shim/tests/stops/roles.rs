@@ -4,6 +4,7 @@ use crate::child::Random;
 use crate::patterns;
 use crate::subject::{hear, say_ready};
 use crate::{blocking, borrowing, ends, killed, memory, signals};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Plays the role given as words.
@@ -63,20 +64,23 @@ fn threads(count: usize) {
 
 /// Threads come and go until the input ends, and each must come to its result.
 fn churn() {
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
     fn sum(random: &mut Random) -> u64 {
+        COUNTER.fetch_add(1, Ordering::SeqCst);
         let length = 100 + random.below(2000);
         let result: u64 = (0..length).fold(0, |sum, n| std::hint::black_box(sum + n));
         assert_eq!(result, length * (length - 1) / 2);
         length
     }
     say_ready();
-    let ended = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    println!("{}", (&raw const COUNTER).addr());
+    let ended = std::sync::Arc::new(AtomicBool::new(false));
     let makers: Vec<_> = (0..3)
         .map(|seed| {
             let ended = ended.clone();
             std::thread::spawn(move || {
                 let mut random = Random(seed);
-                while !ended.load(std::sync::atomic::Ordering::Relaxed) {
+                while !ended.load(Ordering::Relaxed) {
                     let children: Vec<_> = (0..3)
                         .map(|child| {
                             let mut random = Random(random.0 ^ child);
@@ -97,7 +101,7 @@ fn churn() {
         })
         .collect();
     hear();
-    ended.store(true, std::sync::atomic::Ordering::Relaxed);
+    ended.store(true, Ordering::Relaxed);
     for maker in makers {
         maker.join().unwrap();
     }
