@@ -20,8 +20,15 @@
 //!   that needs an undoing by us is ever left in it (see `borrow.rs`).
 //! - Signals, group-stops and exits that come meanwhile are passed on.
 //! - Every wait has a deadline.
-//! - The child status signal: each stop sends SIGCHLD to the agent's process,
-//!   as every child's death does. Do not wait for *any* child elsewhere.
+//!
+//! What this asks of the process that it is used in:
+//! - Each stop sends it a SIGCHLD, as the death of a child does. Nobody in it
+//!   may wait for *any* child (`waitpid(-1)`): that takes stops away from here.
+//! - While an OS thread makes or holds a stop, its own blocking calls may
+//!   return EINTR every 3 ms (the timer that looks at deadlines; it takes the
+//!   highest real-time signal that has no handler).
+//! - A thread of the traced process that exits or is killed in a stop waits at
+//!   its exit until the stop is over.
 //!
 //! x86-64 Linux, 5.4 or later. This crate knows nothing of ELF files, of
 //! instructions (but for the two runs in [`Gadgets`]), or of whose processes
