@@ -144,7 +144,9 @@ impl Process {
     /// [`Error::NoSuchProcess`] if it is gone; [`Error::Proc`] if we are not
     /// permitted to know.
     pub fn mappings(&self) -> Result<Vec<Mapping>> {
-        let text = self.read_text(&format!("{}maps", self.with_memory()?))?;
+        let text = self
+            .read_text(&format!("{}maps", self.with_memory()?))
+            .map_err(|error| self.without_memory(error))?;
         maps::parse(&text).map_err(|()| self.broken("maps"))
     }
 
@@ -181,6 +183,18 @@ impl Process {
     /// Opens a file about the memory that its threads share.
     pub(crate) fn open_of_memory(&self, file: &str, flags: OFlag) -> Result<OwnedFd> {
         self.open_at(&format!("{}{file}", self.with_memory()?), flags)
+            .map_err(|error| self.without_memory(error))
+    }
+
+    /// A thread whose files tell of the memory may end before they are opened.
+    fn without_memory(&self, error: Error) -> Error {
+        match error {
+            Error::Proc {
+                cause: Errno::ESRCH | Errno::ENOENT,
+                ..
+            } => Error::AddressSpaceGone { pid: self.pid() },
+            other => other,
+        }
     }
 
     /// Whose files tell of the memory: a leader that others outlive has none.

@@ -26,7 +26,7 @@ use crate::sys::ptrace;
 use crate::sys::tick::Tick;
 use crate::sys::wait::Event;
 use crate::syscalls::{Disturbed, disturbance};
-use crate::tracee::{self, Deadline, Settled, Tracee};
+use crate::tracee::{self, Deadline, Seizure, Settled, Tracee};
 use crate::{Address, Memory, PAGE_SIZE, Process, Registers, Tid, WriteMethod};
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
@@ -39,8 +39,8 @@ const OPERATION: &str = "stopping all threads";
 ///
 /// # Errors
 /// Everyone runs on after an error: [`Error::ProcessDied`] or
-/// [`Error::NoSuchProcess`]; [`Error::Executed`] if it executed another program
-/// meanwhile; [`Error::TracedByAnother`], [`Error::NotPermitted`];
+/// [`Error::NoSuchProcess`]; [`Error::Executed`] or [`Error::AddressSpaceGone`]
+/// if it executed another program meanwhile; [`Error::TracedByAnother`], [`Error::NotPermitted`];
 /// [`Error::Timeout`] if one did not stop in time.
 pub fn stop_all(process: &Process, options: impl Into<StopOptions>) -> Result<StoppedProcess> {
     let options = options.into();
@@ -54,19 +54,19 @@ pub fn stop_all(process: &Process, options: impl Into<StopOptions>) -> Result<St
     let mut stopped = StoppedProcess {
         since: Instant::now(),
         threads: Vec::with_capacity(listed.len() + 16),
+        dead_leader: None,
         process: process.clone(),
         memory,
         _placed: placed,
         _tick: tick,
     };
     // From here on dropping `stopped` resumes everyone.
-    stopped.seize(&listed)?;
+    stopped.seize(&listed, Deadline::after(options.deadline))?;
     stopped.since = Instant::now();
     let deadline = Deadline::after(options.deadline);
     let mut from = 0;
     loop {
         stopped.halt(from, deadline)?;
-        from = stopped.threads.len();
         listed.clear();
         let complete = tasks.list(&mut listed)?;
         listed.retain(|tid| stopped.position(*tid).is_none() && !is_dead_leader(process, *tid));
@@ -75,15 +75,9 @@ pub fn stop_all(process: &Process, options: impl Into<StopOptions>) -> Result<St
         }
         // Even one that is gone before it can be seized makes another look
         // necessary: the kernel ends a list early at a thread that exits.
-        stopped.seize(&listed)?;
+        from = stopped.seize_more(&listed, deadline)?;
         if deadline.has_passed() {
-            return Err(Error::Timeout {
-                pid: process.pid(),
-                tid: process.pid().leader(),
-                state: process.state(process.pid().leader()),
-                operation: "listing all threads",
-                limit: deadline.limit,
-            });
+            return Err(deadline.overrun(process, process.pid().leader(), OPERATION));
         }
     }
     stopped.look()?;
@@ -103,6 +97,8 @@ fn is_dead_leader(process: &Process, tid: Tid) -> bool {
 pub struct StoppedProcess {
     since: Instant,
     threads: Vec<Stopped>,
+    /// A leader that died while it was seized.
+    dead_leader: Option<Tracee>,
     process: Process,
     memory: Memory,
     // Put back in this order, after the threads run.
@@ -299,15 +295,34 @@ impl StoppedProcess {
         }
     }
 
+    /// Seizes more threads; from which on they are.
+    fn seize_more(&mut self, tids: &[Tid], deadline: Deadline) -> Result<usize> {
+        self.seize(tids, deadline)?;
+        let stopped = |thread: &Stopped| thread.tracee.is_stopped();
+        // Those that were stopped come first.
+        Ok(self.threads.partition_point(stopped))
+    }
+
     /// Seizes these threads, without stopping them.
-    fn seize(&mut self, tids: &[Tid]) -> Result<()> {
+    fn seize(&mut self, tids: &[Tid], deadline: Deadline) -> Result<()> {
         for &tid in tids {
-            if let Some(tracee) = Tracee::seize(&self.process, tid)? {
-                self.threads.push(Stopped {
-                    tracee,
-                    registers: Registers::default(),
-                    disturbed: None,
-                });
+            loop {
+                match Tracee::seize(&self.process, tid)? {
+                    Seizure::Done(tracee) => self.threads.push(Stopped {
+                        tracee,
+                        registers: Registers::default(),
+                        disturbed: None,
+                    }),
+                    Seizure::Gone => {}
+                    Seizure::Busy if deadline.has_passed() => {
+                        return Err(deadline.overrun(&self.process, tid, OPERATION));
+                    }
+                    Seizure::Busy => {
+                        self.release_dying(0);
+                        continue;
+                    }
+                }
+                break;
             }
         }
         Ok(())
@@ -325,20 +340,10 @@ impl StoppedProcess {
         while let Some(thread) = self.threads.get_mut(next) {
             match thread.tracee.settle(&self.process, step, OPERATION) {
                 Ok(Settled::Stopped) => next += 1,
-                Ok(Settled::Gone) => {
-                    self.threads.remove(next).tracee.release(&self.process);
-                }
-                Err(Error::Timeout {
-                    pid, tid, state, ..
-                }) => {
+                Ok(Settled::Gone) => self.part_with(next),
+                Err(Error::Timeout { tid, .. }) => {
                     if deadline.has_passed() {
-                        return Err(Error::Timeout {
-                            pid,
-                            tid,
-                            state,
-                            operation: OPERATION,
-                            limit: deadline.limit,
-                        });
+                        return Err(deadline.overrun(&self.process, tid, OPERATION));
                     }
                     next -= self.release_dying(next);
                 }
@@ -346,6 +351,17 @@ impl StoppedProcess {
             }
         }
         Ok(())
+    }
+
+    /// Lets go of a thread that is dead or at its exit. A dead leader is kept
+    /// to the end: until all others are gone there is nothing to be done.
+    fn part_with(&mut self, position: usize) {
+        let tracee = self.threads.remove(position).tracee;
+        if tracee.tid == self.process.pid().leader() && !tracee.is_at_exit() {
+            self.dead_leader = Some(tracee);
+        } else {
+            tracee.release(&self.process);
+        }
     }
 
     /// Lets go of threads that have come to their exit: a thread that executes
@@ -356,7 +372,7 @@ impl StoppedProcess {
         let mut index = 0;
         while let Some(thread) = self.threads.get(index) {
             if matches!(thread.tracee.now(), Some(Event::Exit | Event::Dead)) {
-                self.threads.remove(index).tracee.release(&self.process);
+                self.part_with(index);
                 before += usize::from(index + before < position);
             } else {
                 index += 1;
@@ -397,6 +413,7 @@ impl StoppedProcess {
 
     /// Detaches from all; how many run on, and how long the stop was.
     fn let_go(&mut self) -> (usize, Duration) {
+        let leader = self.process.pid().leader();
         let threads = std::mem::take(&mut self.threads);
         let seized = !threads.is_empty();
         // Those that stand first: letting go of others may take a wait.
@@ -404,16 +421,20 @@ impl StoppedProcess {
             .into_iter()
             .map(|thread| thread.tracee)
             .partition(Tracee::is_stopped);
-        let mut dead = Vec::new();
+        let mut rest = Vec::new();
         let mut running = 0;
         for tracee in stopped {
             match tracee.detach() {
                 Ok(()) => running += 1,
-                Err(tracee) => dead.push(tracee),
+                Err(tracee) => rest.push(tracee),
             }
         }
         let duration = self.since.elapsed();
-        for tracee in dead.into_iter().chain(moving) {
+        // A dead leader can't be buried before all others are.
+        rest.extend(moving);
+        rest.extend(self.dead_leader.take());
+        rest.sort_by_key(|tracee| tracee.tid == leader);
+        for tracee in rest {
             running += usize::from(tracee.release(&self.process));
         }
         if seized {

@@ -10,7 +10,7 @@ use crate::sys::ptrace;
 use crate::sys::tick::Tick;
 use crate::sys::wait::Event;
 use crate::syscalls::{Disturbed, disturbance};
-use crate::tracee::{self, Deadline, Settled, Tracee};
+use crate::tracee::{self, Deadline, Seizure, Settled, Tracee};
 use crate::{Address, Memory, Process, Registers, Tid, WriteMethod};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -41,7 +41,17 @@ pub fn stop_thread(
     let tick = start_tick(process)?;
     let placed = options.scheduling.apply(process, &[tid]);
 
-    let tracee = Tracee::seize(process, tid)?.ok_or_else(gone)?;
+    let deadline = Deadline::after(options.deadline);
+    let tracee = loop {
+        match Tracee::seize(process, tid)? {
+            Seizure::Done(tracee) => break tracee,
+            Seizure::Gone => return Err(gone()),
+            Seizure::Busy if deadline.has_passed() => {
+                return Err(deadline.overrun(process, tid, OPERATION));
+            }
+            Seizure::Busy => {}
+        }
+    };
     let mut stopped = StoppedThread {
         since: Instant::now(),
         tracee: Some(tracee),

@@ -56,6 +56,17 @@ impl Deadline {
     pub(crate) fn has_passed(&self) -> bool {
         Instant::now() >= self.at
     }
+
+    /// The error for a thread that did not get there in time.
+    pub(crate) fn overrun(&self, process: &Process, tid: Tid, operation: &'static str) -> Error {
+        Error::Timeout {
+            pid: process.pid(),
+            tid,
+            state: process.state(tid),
+            operation,
+            limit: self.limit,
+        }
+    }
 }
 
 /// What became of a thread that was asked to stop.
@@ -67,6 +78,18 @@ pub(crate) enum Settled {
     Gone,
 }
 
+/// What became of the attempt to seize a thread.
+#[derive(Debug)]
+pub(crate) enum Seizure {
+    /// It is seized.
+    Done(Tracee),
+    /// It is gone.
+    Gone,
+    /// The process is executing a program, which may be waiting for threads
+    /// that we have seized to be let go of at their exit. Try again.
+    Busy,
+}
+
 /// A thread that this OS thread has seized. Must be released; does nothing by
 /// itself when dropped.
 #[derive(Debug)]
@@ -76,8 +99,8 @@ pub(crate) struct Tracee {
 }
 
 impl Tracee {
-    /// Seizes a thread without stopping it; `Ok(None)` if it is gone.
-    pub(crate) fn seize(process: &Process, tid: Tid) -> Result<Option<Tracee>> {
+    /// Seizes a thread without stopping it.
+    pub(crate) fn seize(process: &Process, tid: Tid) -> Result<Seizure> {
         const ATTEMPTS: u32 = 10;
         const PAUSE: Duration = Duration::from_micros(200);
         let mut refused = None;
@@ -88,18 +111,20 @@ impl Tracee {
                     // The number may have become another process's thread.
                     if process.stat(tid).is_err() {
                         tracee.release(process);
-                        return Ok(None);
+                        return Ok(Seizure::Gone);
                     }
-                    return Ok(Some(tracee));
+                    return Ok(Seizure::Done(tracee));
                 }
-                Err(Errno::ESRCH) => return Ok(None),
+                Err(Errno::ESRCH) => return Ok(Seizure::Gone),
+                // Skipped by a tick.
+                Err(Errno::ENOSYS) => return Ok(Seizure::Busy),
                 Err(Errno::EPERM) => match refusal(process, tid) {
-                    None => return Ok(None),
+                    None => return Ok(Seizure::Gone),
                     // The heir; one that we hold stopped is not taken twice.
                     Some(Error::TracedByAnother { tracer, .. })
                         if is_us(tracer) && !Tracee::of(tid).stands_still() =>
                     {
-                        return Ok(Some(Tracee::of(tid)));
+                        return Ok(Seizure::Done(Tracee::of(tid)));
                     }
                     // The dead get EPERM as well, and while a process executes
                     // a program its leader may be a dead one in one moment and
@@ -113,7 +138,7 @@ impl Tracee {
                 Err(cause) => return Err(failed(process, tid, "seizing", cause)),
             }
         }
-        refused.map_or(Ok(None), Err)
+        refused.map_or(Ok(Seizure::Gone), Err)
     }
 
     fn of(tid: Tid) -> Tracee {
@@ -203,13 +228,7 @@ impl Tracee {
                     .unwrap_or(Event::Dead));
             }
             if deadline.has_passed() {
-                return Err(Error::Timeout {
-                    pid: process.pid(),
-                    tid: self.tid,
-                    state,
-                    operation,
-                    limit: deadline.limit,
-                });
+                return Err(deadline.overrun(process, self.tid, operation));
             }
         }
     }
@@ -225,6 +244,11 @@ impl Tracee {
             self.now(),
             Some(Event::Trap | Event::GroupStop | Event::Syscall)
         )
+    }
+
+    /// Whether it is stopped at its exit.
+    pub(crate) fn is_at_exit(&self) -> bool {
+        self.now() == Some(Event::Exit)
     }
 
     /// Notes that it runs again, from a request that can only fail because it
@@ -256,7 +280,7 @@ impl Tracee {
     /// their group-stop), running ones are stopped first, dead ones buried.
     /// Returns false if it is dead or dying.
     pub(crate) fn release(mut self, process: &Process) -> bool {
-        let dying = self.stopped && self.now() == Some(Event::Exit);
+        let dying = self.stopped && self.is_at_exit();
         if self.stopped && ptrace::detach(self.tid).is_ok() {
             return !dying;
         }
@@ -388,8 +412,7 @@ pub(crate) fn gone(process: &Process, tid: Tid, operation: &'static str) -> Erro
     let killed = || {
         const SIGNAL: u64 = 0x7f;
         let tracee = Tracee::of(tid);
-        tracee.now() == Some(Event::Exit)
-            && ptrace::event_message(tid).is_ok_and(|status| status & SIGNAL != 0)
+        tracee.is_at_exit() && ptrace::event_message(tid).is_ok_and(|status| status & SIGNAL != 0)
     };
     let dead_leader = || tid == pid.leader() && matches!(process.state(tid), 'Z' | 'X' | 'x');
     if !process.is_alive() || dead_leader() || killed() {

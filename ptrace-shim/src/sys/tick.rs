@@ -7,6 +7,13 @@
 //! EINTR and its deadline is looked at. A stop is usually over before the
 //! first one.
 //!
+//! `PTRACE_SEIZE` needs more than that. While the process executes a program it
+//! waits, and the kernel starts it again after a signal (ERESTARTNOINTR); the
+//! program's start in turn waits for the death of threads that we have seized
+//! already, and that wait for us. So the handler turns a `PTRACE_SEIZE` that is
+//! about to be (re)started into a call of no such number: it fails with ENOSYS,
+//! we look after the others and try again.
+//!
 //! The signal is the highest real-time one whose action is still the default
 //! when it is first needed. It goes to the tracing thread only.
 
@@ -128,11 +135,30 @@ fn signal() -> Result<i32, Errno> {
     })
 }
 
-/// Installs the empty handler for `signal` unless it has one.
+/// The ticks' handler: see above.
+extern "C" fn skip_seize(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    const SYSCALL: [u8; 2] = [0x0f, 0x05];
+    let context = context.cast::<libc::ucontext_t>();
+    // SAFETY: the kernel passes a ucontext_t to handlers with SA_SIGINFO, and
+    // rip is where this very thread executes code, so it can be read.
+    unsafe {
+        let registers = &mut (*context).uc_mcontext.gregs;
+        if registers[libc::REG_RAX as usize] == libc::SYS_ptrace
+            && registers[libc::REG_RDI as usize] == i64::from(libc::PTRACE_SEIZE)
+        {
+            let code = registers[libc::REG_RIP as usize] as *const [u8; 2];
+            if code.read_unaligned() == SYSCALL {
+                registers[libc::REG_RAX as usize] = -1;
+            }
+        }
+    }
+}
+
+/// Installs the handler for `signal` unless it has one.
 fn claim(signal: i32) -> Option<Result<i32, Errno>> {
-    extern "C" fn nothing(_: libc::c_int) {}
     // SAFETY: zeroed is a valid value of this plain structure; the handler
-    // does nothing, so it is safe at any point of any thread.
+    // calls nothing and changes no state but the interrupted call's number, so
+    // it is safe at any point of any thread.
     unsafe {
         let mut old = MaybeUninit::<libc::sigaction>::zeroed().assume_init();
         if libc::sigaction(signal, std::ptr::null(), &mut old) != 0
@@ -141,7 +167,9 @@ fn claim(signal: i32) -> Option<Result<i32, Errno>> {
             return None;
         }
         let mut new = MaybeUninit::<libc::sigaction>::zeroed().assume_init();
-        new.sa_sigaction = nothing as extern "C" fn(libc::c_int) as libc::sighandler_t;
+        let handler: extern "C" fn(_, _, _) = skip_seize;
+        new.sa_sigaction = handler as libc::sighandler_t;
+        new.sa_flags = libc::SA_SIGINFO;
         libc::sigemptyset(&mut new.sa_mask);
         // No SA_RESTART: interrupting is what it is for.
         Some(Errno::result(libc::sigaction(signal, &new, null_mut())).map(|_| signal))

@@ -221,7 +221,7 @@ fn a_process_that_executes_another_program_gets_there() {
         match stop_all(&process, patient()) {
             Ok(stopped) => drop(stopped.resume().unwrap()),
             Err(Error::Executed { .. }) => executed += 1,
-            Err(Error::ThreadGone { .. }) => {}
+            Err(Error::ThreadGone { .. } | Error::AddressSpaceGone { .. }) => {}
             Err(Error::ProcessDied { .. } | Error::NoSuchProcess { .. }) => break,
             Err(error) => panic!("{error}"),
         }

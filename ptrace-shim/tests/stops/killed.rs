@@ -32,9 +32,22 @@ pub(crate) fn trace(how: &str, pid: i32, tid: i32, step: u64) {
         println!("{error}");
         return;
     }
-    let gadgets = Gadgets::find(&Memory::open(&process).unwrap()).unwrap();
+    let gadgets = loop {
+        match Memory::open(&process).and_then(|memory| Gadgets::find(&memory)) {
+            Ok(gadgets) => break gadgets,
+            // It executes another program just now.
+            Err(Error::AddressSpaceGone { .. }) => {}
+            Err(error) => panic!("{error}"),
+        }
+    };
     let tid = Tid::from_raw(tid);
     println!("tracing");
+    if how == "until-dead" {
+        until_dead(&process, tid, &gadgets);
+        println!("dead");
+        hear();
+        return;
+    }
     loop {
         let most = u64::MAX / 2;
         die_at_step(if step == 0 { most } else { step });
@@ -43,6 +56,34 @@ pub(crate) fn trace(how: &str, pid: i32, tid: i32, step: u64) {
             let left = die_at_step(0);
             println!("done with {left} left");
             return;
+        }
+    }
+}
+
+/// Stops and borrows from one OS thread, which outlives the process.
+fn until_dead(process: &Process, tid: Tid, gadgets: &Gadgets) {
+    let once = || -> ptrace_shim::Result<()> {
+        stop_all(process, patient())?.resume()?;
+        let mut borrowed = stop_thread(process, tid, patient())?.borrow(gadgets)?;
+        let own = borrowed.syscall(libc::SYS_gettid, [0; 6])?;
+        assert_eq!(own, Ok(tid.as_raw() as u64));
+        borrowed.give_back()?.resume()?;
+        Ok(())
+    };
+    while process.is_alive() {
+        match once() {
+            Ok(())
+            | Err(
+                Error::ProcessDied { .. }
+                | Error::NoSuchProcess { .. }
+                | Error::ThreadGone { .. }
+                | Error::NotBorrowable { .. }
+                | Error::Executed { .. }
+                | Error::AddressSpaceGone { .. }
+                | Error::Memory { .. }
+                | Error::GadgetGone { .. },
+            ) => {}
+            Err(error) => panic!("{error}"),
         }
     }
 }
@@ -177,6 +218,46 @@ fn a_tracer_may_die_at_any_moment() {
             assert_eq!(tracer.end().signal(), Some(libc::SIGKILL));
             assert_well(&mut subject, &words);
         }
+    }
+}
+
+/// A process's own parent hears of its end, while a tracer that is not its
+/// parent lives on.
+#[test]
+fn a_traced_process_that_ends_is_its_parents_again() {
+    let mut random = Random(23);
+    for round in 0..60 {
+        let (mut subject, tid) = Subject::ready("threads 3");
+        let words = format!("trace until-dead {} {tid} 0", subject.pid());
+        let mut tracer = Subject::start(&words);
+        assert_eq!(tracer.line(), "tracing");
+        std::thread::sleep(Duration::from_micros(random.below(2000)));
+        if round % 2 == 0 {
+            subject.kill(libc::SIGKILL);
+            assert_eq!(subject.end().signal(), Some(libc::SIGKILL));
+        } else {
+            subject.hang_up();
+            assert!(subject.end().success());
+        }
+        assert_eq!(tracer.line(), "dead");
+        tracer.hang_up();
+        assert!(tracer.end().success());
+    }
+}
+
+#[test]
+fn a_process_of_another_that_executes_a_program_gets_there() {
+    for _ in 0..3 {
+        let mut subject = Subject::start("exec-chain 30");
+        let pid = subject.pid();
+        let words = format!("trace until-dead {pid} {pid} 0");
+        let mut tracer = Subject::start(&words);
+        assert_eq!(tracer.line(), "tracing");
+        assert_eq!(subject.line(), "arrived");
+        assert!(subject.end().success());
+        assert_eq!(tracer.line(), "dead");
+        tracer.hang_up();
+        assert!(tracer.end().success());
     }
 }
 
