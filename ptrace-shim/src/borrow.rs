@@ -47,7 +47,7 @@ const SYS_SECCOMP: i32 = 1;
 const SYS_USER_DISPATCH: i32 = 2;
 
 /// How long a call that overran its deadline may take to give up.
-const GIVING_UP: Duration = Duration::from_millis(200);
+const GIVING_UP: Duration = Duration::from_secs(1);
 
 /// A stopped thread that makes system calls of ours.
 ///

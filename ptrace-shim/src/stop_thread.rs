@@ -219,7 +219,9 @@ impl StoppedThread {
 
     /// Waits until it is stopped again, having been resumed with a request to.
     pub(crate) fn settle(&mut self, operation: &'static str) -> Result<Settled> {
-        let deadline = self.call_deadline();
+        // It only has to be scheduled, however short the calls must be.
+        const LEAST: Duration = Duration::from_secs(2);
+        let deadline = Deadline::after(self.options.call_deadline.max(LEAST));
         match &mut self.tracee {
             Some(tracee) => tracee.settle(&self.process, deadline, operation),
             None => Ok(Settled::Gone),
