@@ -117,7 +117,12 @@ impl Agent {
     /// Runs `agentctl --json` on an edge of a node.
     pub fn edge(&self, node: &Node, command: &str, caller: &str, callee: &str) -> Result<Answer> {
         let engine = node.engine_pid().to_string();
-        self.ctl(&[command, caller, callee, "--engine", &engine, "--json"])
+        let mut arguments = vec![command, caller, callee, "--engine", &engine, "--json"];
+        if command == "patch" {
+            // On an idle node nothing comes by to be watched.
+            arguments.extend(["--canary-wait", "100ms"]);
+        }
+        self.ctl(&arguments)
     }
 
     /// Fuses an edge in all workers, which must succeed.
@@ -138,6 +143,56 @@ impl Agent {
             self.log()
         );
         answer.json()
+    }
+
+    /// The status of one edge of a node; `null` while nothing of it is there.
+    pub fn edge_status(&self, node: &Node, caller: &str, callee: &str) -> Result<Value> {
+        let answer = self.ctl(&["status", "--json"])?;
+        ensure!(answer.code == 0, "status: {answer:?}");
+        let edges = answer.json()?["edges"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
+        let engine = node.engine_pid();
+        let found = edges
+            .into_iter()
+            .find(|e| e["engine"] == engine && e["caller"] == caller && e["callee"] == callee);
+        Ok(found.unwrap_or_default())
+    }
+
+    /// Fused calls of an edge, in all workers.
+    pub fn fused_calls(&self, node: &Node, caller: &str, callee: &str) -> Result<u64> {
+        let status = self.edge_status(node, caller, callee)?;
+        Ok(status["totals"]["fused_calls"].as_u64().unwrap_or(0))
+    }
+
+    /// Calls the caller until the callee is ready in all of its workers.
+    pub fn warm_up(&self, node: &Node, caller: &str, callee: &str) -> Result<()> {
+        let deadline = Instant::now() + START;
+        loop {
+            let status = self.edge_status(node, caller, callee)?;
+            let workers = status["workers"].as_array().cloned().unwrap_or_default();
+            if !workers.is_empty() && workers.iter().all(|w| w["graft"]["state"] == "ready") {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "{callee} does not get ready in {caller}: {status}"
+            );
+            // At once, so that each worker gets one.
+            std::thread::scope(|scope| {
+                let calls: Vec<_> = workers
+                    .iter()
+                    .map(|_| scope.spawn(|| node.call(caller, b"slow 30 ms")))
+                    .collect();
+                calls.into_iter().try_for_each(|call| match call.join() {
+                    Ok(answer) => answer
+                        .map(|_| ())
+                        .context("a call while the callee gets ready"),
+                    Err(panic) => std::panic::resume_unwind(panic),
+                })
+            })?;
+        }
     }
 
     /// Kills it at once, as the kernel would.
