@@ -35,8 +35,9 @@ pub(crate) fn trace(how: &str, pid: i32, tid: i32, step: u64) {
     let gadgets = loop {
         match Memory::open(&process).and_then(|memory| Gadgets::find(&memory)) {
             Ok(gadgets) => break gadgets,
-            // It executes another program just now.
-            Err(Error::AddressSpaceGone { .. }) => {}
+            // It executes another program just now, whose C library is not
+            // mapped yet.
+            Err(Error::AddressSpaceGone { .. } | Error::NoGadget { .. }) => {}
             Err(error) => panic!("{error}"),
         }
     };
