@@ -21,9 +21,19 @@ fn room(groups: &str, root: &Path) -> Option<u64> {
                 return None;
             }
             if controllers.is_empty() {
-                tightest(&[root.to_path_buf(), root.join("unified")], path, "memory.max", "memory.current")
+                tightest(
+                    &[root.to_path_buf(), root.join("unified")],
+                    path,
+                    "memory.max",
+                    "memory.current",
+                )
             } else if controllers.split(',').any(|c| c == "memory") {
-                tightest(&[root.join("memory")], path, "memory.limit_in_bytes", "memory.usage_in_bytes")
+                tightest(
+                    &[root.join("memory")],
+                    path,
+                    "memory.limit_in_bytes",
+                    "memory.usage_in_bytes",
+                )
             } else {
                 None
             }
@@ -33,13 +43,23 @@ fn room(groups: &str, root: &Path) -> Option<u64> {
 
 /// The least room of the group and its ancestors.
 fn tightest(roots: &[std::path::PathBuf], path: &str, limit: &str, usage: &str) -> Option<u64> {
-    let number = |file: &Path| std::fs::read_to_string(file).ok()?.trim().parse::<u64>().ok();
+    let number = |file: &Path| {
+        std::fs::read_to_string(file)
+            .ok()?
+            .trim()
+            .parse::<u64>()
+            .ok()
+    };
     roots
         .iter()
         .flat_map(|root| {
             let group = root.join(path);
             let depth = Path::new(path).components().count();
-            group.ancestors().take(depth + 1).map(Path::to_path_buf).collect::<Vec<_>>()
+            group
+                .ancestors()
+                .take(depth + 1)
+                .map(Path::to_path_buf)
+                .collect::<Vec<_>>()
         })
         .filter_map(|group| {
             // "max" and v1's page-rounded i64::MAX mean that there is none.
@@ -72,7 +92,11 @@ mod tests {
     #[test]
     fn version_one_has_its_own_names_and_no_limit_is_none() {
         let dir = tempfile::tempdir().unwrap();
-        put(dir.path(), "memory/a/memory.limit_in_bytes", "9223372036854771712\n");
+        put(
+            dir.path(),
+            "memory/a/memory.limit_in_bytes",
+            "9223372036854771712\n",
+        );
         put(dir.path(), "memory/a/memory.usage_in_bytes", "10\n");
         assert_eq!(room("4:cpu,memory:/a\n0::/\n", dir.path()), None);
         put(dir.path(), "memory/a/memory.limit_in_bytes", "4096\n");

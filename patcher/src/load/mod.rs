@@ -23,8 +23,12 @@ pub use relocate::{Given, Loaded, LoadedSegment, relocate};
 pub use scope::{Interposed, Scope};
 
 /// The worker_v1 functions that a callee must export.
-pub const EXPORTS: [&str; 4] =
-    ["faas_init", "faas_create_func_worker", "faas_destroy_func_worker", "faas_func_call"];
+pub const EXPORTS: [&str; 4] = [
+    "faas_init",
+    "faas_create_func_worker",
+    "faas_destroy_func_worker",
+    "faas_func_call",
+];
 
 /// A value that only the process knows: the result of `resolver`, plus
 /// `addend`, goes to `slot`. Live addresses.
@@ -58,7 +62,10 @@ pub enum Meaning {
 pub fn check(library: &str, image: &Image) -> Result<(), Refused> {
     let library = library.to_owned();
     if image.file_type != crate::elf::constants::ET_DYN {
-        return Err(Refused::BrokenImage { library, reason: "not a shared object".into() });
+        return Err(Refused::BrokenImage {
+            library,
+            reason: "not a shared object".into(),
+        });
     }
     if image.has_tls || image.dynamic.static_tls {
         return Err(Refused::Tls { library });
@@ -69,15 +76,26 @@ pub fn check(library: &str, image: &Image) -> Result<(), Refused> {
     if image.executable_stack {
         return Err(Refused::ExecutableStack { library });
     }
-    if image.segments.iter().any(|s: &Segment| s.writable() && s.executable()) {
-        return Err(Refused::BrokenImage { library, reason: "a segment is writable and executable".into() });
+    if image
+        .segments
+        .iter()
+        .any(|s: &Segment| s.writable() && s.executable())
+    {
+        return Err(Refused::BrokenImage {
+            library,
+            reason: "a segment is writable and executable".into(),
+        });
     }
     for symbol in EXPORTS {
-        let exported = image.exports.get(symbol).is_some_and(|found| {
-            found.iter().any(|index| !image.symbols[*index].undefined())
-        });
+        let exported = image
+            .exports
+            .get(symbol)
+            .is_some_and(|found| found.iter().any(|index| !image.symbols[*index].undefined()));
         if !exported {
-            return Err(Refused::MissingExport { library, symbol: symbol.into() });
+            return Err(Refused::MissingExport {
+                library,
+                symbol: symbol.into(),
+            });
         }
     }
     Ok(())
@@ -86,5 +104,11 @@ pub fn check(library: &str, image: &Image) -> Result<(), Refused> {
 /// The image address of an exported function.
 #[must_use]
 pub fn export(image: &Image, name: &str) -> Option<u64> {
-    image.exports.get(name)?.iter().map(|i| &image.symbols[*i]).find(|s| !s.undefined()).map(|s| s.value)
+    image
+        .exports
+        .get(name)?
+        .iter()
+        .map(|i| &image.symbols[*i])
+        .find(|s| !s.undefined())
+        .map(|s| s.value)
 }

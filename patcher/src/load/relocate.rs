@@ -40,7 +40,10 @@ pub struct Loaded {
 impl Loaded {
     /// Word at a live address of the image.
     fn word(&self, address: u64) -> Option<u64> {
-        let segment = self.segments.iter().find(|s| (s.start..s.start + s.len).contains(&address))?;
+        let segment = self
+            .segments
+            .iter()
+            .find(|s| (s.start..s.start + s.len).contains(&address))?;
         let at = (address - segment.start) as usize;
         let mut word = [0; 8];
         for (i, byte) in word.iter_mut().enumerate() {
@@ -50,10 +53,9 @@ impl Loaded {
     }
 
     fn patch(&mut self, address: u64, bytes: &[u8]) -> Option<()> {
-        let segment = self
-            .segments
-            .iter_mut()
-            .find(|s| s.writable && address >= s.start && address + bytes.len() as u64 <= s.start + s.len)?;
+        let segment = self.segments.iter_mut().find(|s| {
+            s.writable && address >= s.start && address + bytes.len() as u64 <= s.start + s.len
+        })?;
         let at = (address - segment.start) as usize;
         if segment.bytes.len() < at + bytes.len() {
             segment.bytes.resize(at + bytes.len(), 0);
@@ -98,8 +100,11 @@ pub fn relocate(
         relocations: 0,
     };
     for entry in &image.dynamic.relocations {
-        let unsupported =
-            || Refused::UnsupportedRelocation { library: library.to_owned(), kind: entry.kind, at: entry.offset };
+        let unsupported = || Refused::UnsupportedRelocation {
+            library: library.to_owned(),
+            kind: entry.kind,
+            at: entry.offset,
+        };
         let at = entry.offset.wrapping_add(bias);
         let in_place = || loaded.word(at).ok_or_else(unsupported);
         let addend = match entry.addend {
@@ -112,7 +117,10 @@ pub fn relocate(
             }
             let Some(scope) = scope else {
                 // The bridge: it has no imports.
-                let own = image.symbols.get(entry.symbol as usize).filter(|s| !s.undefined());
+                let own = image
+                    .symbols
+                    .get(entry.symbol as usize)
+                    .filter(|s| !s.undefined());
                 return own.map(|s| Meaning::Own(s.value)).ok_or_else(unsupported);
             };
             match scope.interposed(entry.symbol) {
@@ -128,26 +136,45 @@ pub fn relocate(
             c::R_X86_64_64 => (meaning()?, addend, false),
             c::R_X86_64_IRELATIVE => (Meaning::OwnResolver(addend), 0, false),
             c::R_X86_64_PC64 => (meaning()?, addend, true),
-            c::R_X86_64_DTPMOD64 | c::R_X86_64_DTPOFF64 | c::R_X86_64_TPOFF64 | c::R_X86_64_TLSDESC => {
-                return Err(Refused::Tls { library: library.to_owned() });
+            c::R_X86_64_DTPMOD64
+            | c::R_X86_64_DTPOFF64
+            | c::R_X86_64_TPOFF64
+            | c::R_X86_64_TLSDESC => {
+                return Err(Refused::Tls {
+                    library: library.to_owned(),
+                });
             }
             _ => return Err(unsupported()),
         };
         let value = match meaning {
             Meaning::At(value) => value,
             Meaning::Own(vaddr) => vaddr.wrapping_add(bias),
-            Meaning::Resolver(_) | Meaning::OwnResolver(_) if relative_to_place => return Err(unsupported()),
+            Meaning::Resolver(_) | Meaning::OwnResolver(_) if relative_to_place => {
+                return Err(unsupported());
+            }
             Meaning::Resolver(resolver) => {
-                loaded.ifuncs.push(Ifunc { slot: at, resolver, addend });
+                loaded.ifuncs.push(Ifunc {
+                    slot: at,
+                    resolver,
+                    addend,
+                });
                 0
             }
             Meaning::OwnResolver(vaddr) => {
-                loaded.ifuncs.push(Ifunc { slot: at, resolver: vaddr.wrapping_add(bias), addend });
+                loaded.ifuncs.push(Ifunc {
+                    slot: at,
+                    resolver: vaddr.wrapping_add(bias),
+                    addend,
+                });
                 0
             }
         };
-        let value = value.wrapping_add(addend).wrapping_sub(if relative_to_place { at } else { 0 });
-        loaded.patch(at, &value.to_le_bytes()).ok_or_else(unsupported)?;
+        let value = value
+            .wrapping_add(addend)
+            .wrapping_sub(if relative_to_place { at } else { 0 });
+        loaded
+            .patch(at, &value.to_le_bytes())
+            .ok_or_else(unsupported)?;
         loaded.relocations += 1;
     }
     // Bound once the plain relocations are: as in ld.so, a resolver may use
@@ -172,14 +199,22 @@ pub fn relocate(
 }
 
 fn segments(library: &str, image: &Image, bias: u64) -> Result<Vec<LoadedSegment>, Refused> {
-    let broken = |reason: &str| Refused::BrokenImage { library: library.to_owned(), reason: reason.into() };
+    let broken = |reason: &str| Refused::BrokenImage {
+        library: library.to_owned(),
+        reason: reason.into(),
+    };
     let mut out: Vec<LoadedSegment> = Vec::new();
     for s in &image.segments {
         let first = s.vaddr & !0xfff;
         let end = (s.vaddr + s.mem_size).next_multiple_of(0x1000);
-        let file = image.at(s.vaddr, s.file_size).ok_or_else(|| broken("a segment outside of the file"))?;
+        let file = image
+            .at(s.vaddr, s.file_size)
+            .ok_or_else(|| broken("a segment outside of the file"))?;
         let start = first.wrapping_add(bias);
-        if out.last().is_some_and(|l: &LoadedSegment| l.start + l.len > start) {
+        if out
+            .last()
+            .is_some_and(|l: &LoadedSegment| l.start + l.len > start)
+        {
             // A page that two segments share would need one protection.
             return Err(broken("two segments share a page"));
         }

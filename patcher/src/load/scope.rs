@@ -26,11 +26,31 @@ pub enum Interposed {
 /// Imports that would take the process for the callee's own, and why that
 /// cannot be had.
 const UNSUPPORTED: &[(&[&str], &str)] = &[
-    (&["dlopen", "dlmopen", "dlsym", "dlvsym", "dlclose", "dlinfo"], "asks the dynamic linker, which does not know the image"),
-    (&["dladdr", "dladdr1", "dl_iterate_phdr", "_dl_find_object"], "asks the dynamic linker, which does not know the image"),
-    (&["setenv", "putenv", "unsetenv", "clearenv"], "would change the caller's environment instead of the callee's"),
-    (&["__tls_get_addr", "__tls_get_addr_slow"], "needs thread-local storage of the image's own"),
-    (&["_Unwind_RaiseException", "_Unwind_Resume", "_Unwind_ForcedUnwind", "_Unwind_Backtrace"], "unwinds through frames that the unwinder does not know"),
+    (
+        &["dlopen", "dlmopen", "dlsym", "dlvsym", "dlclose", "dlinfo"],
+        "asks the dynamic linker, which does not know the image",
+    ),
+    (
+        &["dladdr", "dladdr1", "dl_iterate_phdr", "_dl_find_object"],
+        "asks the dynamic linker, which does not know the image",
+    ),
+    (
+        &["setenv", "putenv", "unsetenv", "clearenv"],
+        "would change the caller's environment instead of the callee's",
+    ),
+    (
+        &["__tls_get_addr", "__tls_get_addr_slow"],
+        "needs thread-local storage of the image's own",
+    ),
+    (
+        &[
+            "_Unwind_RaiseException",
+            "_Unwind_Resume",
+            "_Unwind_ForcedUnwind",
+            "_Unwind_Backtrace",
+        ],
+        "unwinds through frames that the unwinder does not know",
+    ),
 ];
 
 struct Provider {
@@ -57,8 +77,14 @@ impl Scope {
         let function = callee.function();
         let startup = &callee.modules[..callee.library];
         for needed in &function.image.dynamic.needed {
-            if !startup.iter().any(|m| m.short_name() == needed || m.path.ends_with(&format!("/{needed}"))) {
-                return Err(Refused::Dependency { library: function.path.clone(), needed: needed.clone() });
+            if !startup
+                .iter()
+                .any(|m| m.short_name() == needed || m.path.ends_with(&format!("/{needed}")))
+            {
+                return Err(Refused::Dependency {
+                    library: function.path.clone(),
+                    needed: needed.clone(),
+                });
             }
         }
         let providers = startup
@@ -70,7 +96,11 @@ impl Scope {
                 home: home(caller, module, index == 0),
             })
             .collect();
-        Ok(Scope { library: function.path.clone(), providers, own: Arc::clone(&function.image) })
+        Ok(Scope {
+            library: function.path.clone(),
+            providers,
+            own: Arc::clone(&function.image),
+        })
     }
 
     /// What dynamic symbol `index` of the callee means. `plt` says that the
@@ -83,11 +113,16 @@ impl Scope {
         let Some(symbol) = self.own.symbols.get(index as usize) else {
             return Err(Refused::BrokenImage {
                 library: self.library.clone(),
-                reason: format!("a relocation names symbol {index} of {}", self.own.symbols.len()),
+                reason: format!(
+                    "a relocation names symbol {index} of {}",
+                    self.own.symbols.len()
+                ),
             });
         };
         if symbol.kind == c::STT_TLS {
-            return Err(Refused::Tls { library: self.library.clone() });
+            return Err(Refused::Tls {
+                library: self.library.clone(),
+            });
         }
         for (names, reason) in UNSUPPORTED {
             if symbol.undefined() && names.contains(&symbol.name.as_str()) {
@@ -99,17 +134,35 @@ impl Scope {
             }
         }
         let own = || {
-            if symbol.kind == c::STT_GNU_IFUNC { Meaning::OwnResolver(symbol.value) } else { Meaning::Own(symbol.value) }
+            if symbol.kind == c::STT_GNU_IFUNC {
+                Meaning::OwnResolver(symbol.value)
+            } else {
+                Meaning::Own(symbol.value)
+            }
         };
         let bound_to_itself = symbol.binding == c::STB_LOCAL
             || self.own.dynamic.symbolic
-            || matches!(symbol.visibility, c::STV_HIDDEN | c::STV_INTERNAL | c::STV_PROTECTED);
+            || matches!(
+                symbol.visibility,
+                c::STV_HIDDEN | c::STV_INTERNAL | c::STV_PROTECTED
+            );
         if !symbol.undefined() && bound_to_itself {
             return Ok(own());
         }
         for provider in &self.providers {
-            let Some(found) = find(&provider.image, &symbol.name, symbol.version.as_deref(), plt) else { continue };
-            let (value, ifunc, absolute) = (found.value, found.kind == c::STT_GNU_IFUNC, found.section == c::SHN_ABS);
+            let Some(found) = find(
+                &provider.image,
+                &symbol.name,
+                symbol.version.as_deref(),
+                plt,
+            ) else {
+                continue;
+            };
+            let (value, ifunc, absolute) = (
+                found.value,
+                found.kind == c::STT_GNU_IFUNC,
+                found.section == c::SHN_ABS,
+            );
             if found.kind == c::STT_TLS {
                 return Err(Refused::UnsupportedImport {
                     library: self.library.clone(),
@@ -117,11 +170,15 @@ impl Scope {
                     reason: format!("is thread-local in {}", provider.name),
                 });
             }
-            let bias = provider.home.as_ref().map_err(|(caller, callee)| Refused::DifferentLibrary {
-                library: provider.name.clone(),
-                caller: caller.clone(),
-                callee: callee.clone(),
-            })?;
+            let bias =
+                provider
+                    .home
+                    .as_ref()
+                    .map_err(|(caller, callee)| Refused::DifferentLibrary {
+                        library: provider.name.clone(),
+                        caller: caller.clone(),
+                        callee: callee.clone(),
+                    })?;
             return Ok(match (absolute, ifunc) {
                 (true, _) => Meaning::At(value),
                 (false, true) => Meaning::Resolver(value.wrapping_add(*bias)),
@@ -134,14 +191,24 @@ impl Scope {
         if symbol.binding == c::STB_WEAK {
             return Ok(Meaning::At(0));
         }
-        let version = symbol.version.as_ref().map_or(String::new(), |v| format!("@{v}"));
-        Err(Refused::UnresolvedSymbol { library: self.library.clone(), symbol: format!("{}{version}", symbol.name) })
+        let version = symbol
+            .version
+            .as_ref()
+            .map_or(String::new(), |v| format!("@{v}"));
+        Err(Refused::UnresolvedSymbol {
+            library: self.library.clone(),
+            symbol: format!("{}{version}", symbol.name),
+        })
     }
 
     /// Whether dynamic symbol `index` is one that we give the image.
     #[must_use]
     pub fn interposed(&self, index: u32) -> Option<Interposed> {
-        let symbol = self.own.symbols.get(index as usize).filter(|s| s.undefined())?;
+        let symbol = self
+            .own
+            .symbols
+            .get(index as usize)
+            .filter(|s| s.undefined())?;
         match symbol.name.as_str() {
             "getenv" | "secure_getenv" => Some(Interposed::Getenv),
             "environ" | "__environ" | "_environ" => Some(Interposed::Environ),
@@ -155,16 +222,29 @@ impl Scope {
     /// It is not found, or the workers' C libraries differ.
     pub fn library_function(&self, name: &str) -> Result<Meaning, Refused> {
         for provider in &self.providers {
-            let Some(found) = find(&provider.image, name, None, true) else { continue };
-            let bias = provider.home.as_ref().map_err(|(caller, callee)| Refused::DifferentLibrary {
-                library: provider.name.clone(),
-                caller: caller.clone(),
-                callee: callee.clone(),
-            })?;
+            let Some(found) = find(&provider.image, name, None, true) else {
+                continue;
+            };
+            let bias =
+                provider
+                    .home
+                    .as_ref()
+                    .map_err(|(caller, callee)| Refused::DifferentLibrary {
+                        library: provider.name.clone(),
+                        caller: caller.clone(),
+                        callee: callee.clone(),
+                    })?;
             let at = found.value.wrapping_add(*bias);
-            return Ok(if found.kind == c::STT_GNU_IFUNC { Meaning::Resolver(at) } else { Meaning::At(at) });
+            return Ok(if found.kind == c::STT_GNU_IFUNC {
+                Meaning::Resolver(at)
+            } else {
+                Meaning::At(at)
+            });
         }
-        Err(Refused::UnresolvedSymbol { library: "the bridge".into(), symbol: name.into() })
+        Err(Refused::UnresolvedSymbol {
+            library: "the bridge".into(),
+            symbol: name.into(),
+        })
     }
 }
 
@@ -179,12 +259,16 @@ fn home(caller: &Worker, module: &Module, executable: bool) -> Result<u64, (Stri
     let candidate = if executable {
         caller.modules.first()
     } else {
-        started_with.iter().find(|m| m.short_name() == module.short_name())
+        started_with
+            .iter()
+            .find(|m| m.short_name() == module.short_name())
     };
     match candidate {
         None => Err(("not loaded".into(), id(module))),
         Some(m) if *m.image.bytes == *module.image.bytes => Ok(m.bias),
-        Some(m) if m.image.build_id.is_some() && m.image.build_id == module.image.build_id => Ok(m.bias),
+        Some(m) if m.image.build_id.is_some() && m.image.build_id == module.image.build_id => {
+            Ok(m.bias)
+        }
         Some(m) => Err((id(m), id(module))),
     }
 }
@@ -192,8 +276,17 @@ fn home(caller: &Worker, module: &Module, executable: bool) -> Result<u64, (Stri
 /// The definition that a reference finds in one module (glibc's `do_lookup_x`
 /// and `check_match`): by version where the reference names one, else an
 /// unversioned or default definition.
-fn find<'a>(image: &'a Image, name: &str, version: Option<&str>, plt: bool) -> Option<&'a crate::elf::Symbol> {
-    let candidates = image.exports.get(name)?.iter().map(|index| &image.symbols[*index]);
+fn find<'a>(
+    image: &'a Image,
+    name: &str,
+    version: Option<&str>,
+    plt: bool,
+) -> Option<&'a crate::elf::Symbol> {
+    let candidates = image
+        .exports
+        .get(name)?
+        .iter()
+        .map(|index| &image.symbols[*index]);
     let usable = candidates.filter(|s| {
         let defined = !s.undefined() || (!plt && s.value != 0 && image.file_type == c::ET_EXEC);
         defined

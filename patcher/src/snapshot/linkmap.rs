@@ -24,10 +24,14 @@ pub(super) struct Loaded {
 
 /// Follows the chain from the value of `DT_DEBUG`, which lies at `slot`.
 pub(super) fn read(memory: &dyn Memory, slot: u64) -> Result<Vec<Loaded>, SnapshotError> {
-    let broken = |what: &str| SnapshotError::LinkMap { what: what.to_owned() };
+    let broken = |what: &str| SnapshotError::LinkMap {
+        what: what.to_owned(),
+    };
     let debug = memory.u64(slot)?;
     if debug == 0 {
-        return Err(broken("the executable has no r_debug (yet): it is static or still starting"));
+        return Err(broken(
+            "the executable has no r_debug (yet): it is static or still starting",
+        ));
     }
     // r_debug: version (int), map, brk, state (int): RT_CONSISTENT is 0.
     if memory.u64(debug.wrapping_add(24))? as u32 != 0 {
@@ -41,8 +45,13 @@ pub(super) fn read(memory: &dyn Memory, slot: u64) -> Result<Vec<Loaded>, Snapsh
         }
         let mut entry = [0_u8; 32];
         memory.read(at, &mut entry)?;
-        let field = |i: usize| u64::from_le_bytes(entry[i * 8..][..8].try_into().unwrap_or_default());
-        chain.push(Loaded { bias: field(0), name: memory.string(field(1), LONGEST)?, dynamic: field(2) });
+        let field =
+            |i: usize| u64::from_le_bytes(entry[i * 8..][..8].try_into().unwrap_or_default());
+        chain.push(Loaded {
+            bias: field(0),
+            name: memory.string(field(1), LONGEST)?,
+            dynamic: field(2),
+        });
         at = field(3);
     }
     Ok(chain)
@@ -59,7 +68,10 @@ mod tests {
         m.put_u64(0x2000, 1);
         m.put_u64(0x2008, 0x3000);
         m.put_u64(0x2018, 0);
-        for (at, fields) in [(0x3000, [0x5555_0000, 0x4000, 0x5555_3000, 0x3100]), (0x3100, [0x7fff_0000, 0x4010, 0x7fff_1000, 0])] {
+        for (at, fields) in [
+            (0x3000, [0x5555_0000, 0x4000, 0x5555_3000, 0x3100]),
+            (0x3100, [0x7fff_0000, 0x4010, 0x7fff_1000, 0]),
+        ] {
             for (i, f) in fields.into_iter().enumerate() {
                 m.put_u64(at + i as u64 * 8, f);
             }
@@ -80,13 +92,23 @@ mod tests {
     fn a_chain_that_bites_its_tail_ends() {
         let mut m = memory();
         m.put_u64(0x3118, 0x3000);
-        assert!(read(&m, 0x1000).unwrap_err().to_string().contains("does not end"));
+        assert!(
+            read(&m, 0x1000)
+                .unwrap_err()
+                .to_string()
+                .contains("does not end")
+        );
     }
 
     #[test]
     fn a_chain_in_change_is_not_trusted() {
         let mut m = memory();
         m.put_u64(0x2018, 1);
-        assert!(read(&m, 0x1000).unwrap_err().to_string().contains("just now"));
+        assert!(
+            read(&m, 0x1000)
+                .unwrap_err()
+                .to_string()
+                .contains("just now")
+        );
     }
 }

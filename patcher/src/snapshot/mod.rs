@@ -20,7 +20,7 @@ mod rootfs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use procfs::process::{MMapPath, MMPermissions};
+use procfs::process::{MMPermissions, MMapPath};
 
 use crate::elf::{self, ElfError, Image};
 
@@ -136,9 +136,13 @@ impl ProcMemory {
 impl Memory for ProcMemory {
     fn read(&self, address: u64, into: &mut [u8]) -> Result<(), SnapshotError> {
         use std::os::unix::fs::FileExt as _;
-        self.file
-            .read_exact_at(into, address)
-            .map_err(|source| read_error(self.pid, format!("{} bytes of its memory at {address:#x}", into.len()), source))
+        self.file.read_exact_at(into, address).map_err(|source| {
+            read_error(
+                self.pid,
+                format!("{} bytes of its memory at {address:#x}", into.len()),
+                source,
+            )
+        })
     }
 }
 
@@ -176,7 +180,15 @@ impl Map {
         let gone_or = gone_or(pid);
         let process = procfs::process::Process::new(pid).map_err(&gone_or)?;
         let start_time = process.stat().map_err(&gone_or)?.starttime;
-        Ok((start_time, process.maps().map_err(&gone_or)?.into_iter().map(map).collect()))
+        Ok((
+            start_time,
+            process
+                .maps()
+                .map_err(&gone_or)?
+                .into_iter()
+                .map(map)
+                .collect(),
+        ))
     }
 }
 
@@ -188,7 +200,11 @@ fn gone_or(pid: i32) -> impl Fn(procfs::ProcError) -> SnapshotError {
             what: path.map_or("/proc".into(), |p| p.display().to_string()),
             source: std::io::ErrorKind::PermissionDenied.into(),
         },
-        e => SnapshotError::Read { pid, what: "/proc".into(), source: std::io::Error::other(e) },
+        e => SnapshotError::Read {
+            pid,
+            what: "/proc".into(),
+            source: std::io::Error::other(e),
+        },
     }
 }
 
@@ -255,33 +271,52 @@ impl Worker {
             procfs::process::LimitValue::Unlimited => u64::MAX,
         };
 
-        let executable_path = process.exe().map_err(&gone_or)?.to_string_lossy().into_owned();
+        let executable_path = process
+            .exe()
+            .map_err(&gone_or)?
+            .to_string_lossy()
+            .into_owned();
         let executable = parse(&executable_path, rootfs::read_executable(pid)?)?;
         let entry = auxv.get(&AT_ENTRY).copied().unwrap_or(executable.entry);
         let bias = entry.wrapping_sub(executable.entry);
         let Some(slot) = executable.dynamic.debug_slot else {
-            return Err(SnapshotError::LinkMap { what: "the executable is static".into() });
+            return Err(SnapshotError::LinkMap {
+                what: "the executable is static".into(),
+            });
         };
         let chain = linkmap::read(&memory, slot.wrapping_add(bias))?;
         let mut modules = Vec::with_capacity(chain.len());
         for loaded in chain {
             if modules.is_empty() {
                 check_mapped(pid, &memory, &executable_path, &executable, bias)?;
-                modules.push(Module { path: executable_path.clone(), bias, image: Arc::new(executable.clone()) });
+                modules.push(Module {
+                    path: executable_path.clone(),
+                    bias,
+                    image: Arc::new(executable.clone()),
+                });
             } else if loaded.name.starts_with('/') {
                 let image = parse(&loaded.name, rootfs::read(pid, Path::new(&loaded.name))?)?;
                 check_mapped(pid, &memory, &loaded.name, &image, loaded.bias)?;
-                modules.push(Module { path: loaded.name, bias: loaded.bias, image: Arc::new(image) });
+                modules.push(Module {
+                    path: loaded.name,
+                    bias: loaded.bias,
+                    image: Arc::new(image),
+                });
             } else if !loaded.name.starts_with("linux-vdso") && !loaded.name.is_empty() {
                 // A relative name: the working directory may have changed.
-                return Err(SnapshotError::LinkMap { what: format!("\"{}\" is a relative name", loaded.name) });
+                return Err(SnapshotError::LinkMap {
+                    what: format!("\"{}\" is a relative name", loaded.name),
+                });
             }
         }
         let wanted = normal(library);
         let library = modules
             .iter()
             .position(|m| normal(Path::new(&m.path)) == wanted)
-            .ok_or_else(|| SnapshotError::NotLoaded { pid, library: library.display().to_string() })?;
+            .ok_or_else(|| SnapshotError::NotLoaded {
+                pid,
+                library: library.display().to_string(),
+            })?;
         Ok(Worker {
             pid,
             start_time,
@@ -311,7 +346,9 @@ impl Worker {
 const AT_ENTRY: u64 = 9;
 
 fn normal(path: &Path) -> PathBuf {
-    path.components().filter(|c| *c != std::path::Component::CurDir).collect()
+    path.components()
+        .filter(|c| *c != std::path::Component::CurDir)
+        .collect()
 }
 
 fn map(m: procfs::process::MemoryMap) -> Map {
@@ -335,14 +372,26 @@ fn map(m: procfs::process::MemoryMap) -> Map {
 }
 
 fn parse(path: &str, bytes: Arc<[u8]>) -> Result<Image, SnapshotError> {
-    Image::parse(bytes).map_err(|source| SnapshotError::Elf { path: path.to_owned(), source })
+    Image::parse(bytes).map_err(|source| SnapshotError::Elf {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// The headers in memory must be the file's. They lie in the first segment,
 /// which no relocation changes and, in practice, nobody writes.
-fn check_mapped(pid: i32, memory: &dyn Memory, path: &str, image: &Image, bias: u64) -> Result<(), SnapshotError> {
+fn check_mapped(
+    pid: i32,
+    memory: &dyn Memory,
+    path: &str,
+    image: &Image,
+    bias: u64,
+) -> Result<(), SnapshotError> {
     let Some(first) = image.segments.first() else {
-        return Err(SnapshotError::Replaced { pid, path: path.to_owned() });
+        return Err(SnapshotError::Replaced {
+            pid,
+            path: path.to_owned(),
+        });
     };
     let len = first.file_size.min(4096);
     let mut live = vec![0; len as usize];
@@ -351,13 +400,20 @@ fn check_mapped(pid: i32, memory: &dyn Memory, path: &str, image: &Image, bias: 
     if first.writable() || live == file {
         return Ok(());
     }
-    Err(SnapshotError::Replaced { pid, path: path.to_owned() })
+    Err(SnapshotError::Replaced {
+        pid,
+        path: path.to_owned(),
+    })
 }
 
 fn strings(pid: i32, file: &str) -> Result<Vec<Vec<u8>>, SnapshotError> {
     let path = format!("/proc/{pid}/{file}");
     let bytes = std::fs::read(&path).map_err(|source| read_error(pid, path, source))?;
-    Ok(bytes.split(|b| *b == 0).filter(|s| !s.is_empty()).map(<[u8]>::to_vec).collect())
+    Ok(bytes
+        .split(|b| *b == 0)
+        .filter(|s| !s.is_empty())
+        .map(<[u8]>::to_vec)
+        .collect())
 }
 
 /// The worker's own `invoke_func` routine: live addresses of every function

@@ -44,7 +44,11 @@ pub(super) fn read_executable(pid: i32) -> Result<Arc<[u8]>, SnapshotError> {
     let path = format!("/proc/{pid}/exe");
     File::open(&path)
         .and_then(read_regular)
-        .map_err(|source| SnapshotError::Read { pid, what: path, source })
+        .map_err(|source| SnapshotError::Read {
+            pid,
+            what: path,
+            source,
+        })
 }
 
 fn read_regular(file: File) -> std::io::Result<Arc<[u8]>> {
@@ -53,7 +57,10 @@ fn read_regular(file: File) -> std::io::Result<Arc<[u8]>> {
         return Err(std::io::Error::other("not a regular file"));
     }
     if metadata.len() > LARGEST {
-        return Err(std::io::Error::other(format!("{} bytes are more than {LARGEST}", metadata.len())));
+        return Err(std::io::Error::other(format!(
+            "{} bytes are more than {LARGEST}",
+            metadata.len()
+        )));
     }
     let mut bytes = Vec::with_capacity(metadata.len() as usize);
     file.take(LARGEST).read_to_end(&mut bytes)?;
