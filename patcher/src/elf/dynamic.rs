@@ -1,6 +1,7 @@
 //! The dynamic section: dependencies, symbols with versions, relocations,
 //! initialisers. Addresses in it are virtual addresses in the image.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 
 use super::constants as elf;
@@ -8,8 +9,11 @@ use super::constants as elf;
 use super::read::{broken, slice, u16_at, u32_at, u64_at};
 use super::{ElfError, Segment, Symbol};
 
-/// More entries than any real image has: a bound on what a hostile one costs.
-const MOST: u64 = 1 << 24;
+/// More symbols, and more relocations, than any real image has: bounds on
+/// what a hostile one costs.
+const MOST: u64 = 1 << 22;
+/// More versions, defined or needed, than any real image has.
+const MOST_VERSIONS: u64 = 1 << 14;
 
 /// A file seen through its mapped addresses.
 pub(super) struct View<'a> {
@@ -46,15 +50,48 @@ impl<'a> View<'a> {
         )
         .map_err(|_| broken("a table", vaddr))
     }
+}
 
-    fn string(&self, vaddr: u64) -> Result<String, ElfError> {
-        let rest = self.rest(vaddr)?;
-        let len = rest
+/// The string table. Names may overlap in it and many symbols may share one,
+/// so that a small file could ask for any amount of memory: all names that
+/// are read together are bounded by the file's own size, which those of a
+/// real file stay below.
+struct Names<'a> {
+    table: Option<&'a [u8]>,
+    left: Cell<u64>,
+}
+
+impl<'a> Names<'a> {
+    fn new(view: &View<'a>, table: Option<u64>) -> Result<Names<'a>, ElfError> {
+        Ok(Names {
+            table: table.map(|at| view.rest(at)).transpose()?,
+            left: Cell::new((1 << 20) + 2 * view.bytes.len() as u64),
+        })
+    }
+
+    fn at(&self, offset: u64) -> Result<String, ElfError> {
+        let table = self.table.ok_or_else(|| broken("DT_STRTAB", 0))?;
+        let rest = usize::try_from(offset)
+            .ok()
+            .and_then(|offset| table.get(offset..))
+            .ok_or_else(|| broken("a name", offset))?;
+        let most = rest
+            .len()
+            .min(usize::try_from(self.left.get()).unwrap_or(usize::MAX));
+        let len = rest[..most]
             .iter()
-            .take(4096)
             .position(|b| *b == 0)
-            .ok_or_else(|| broken("a string", vaddr))?;
+            .ok_or_else(|| broken("a name, or the length of all", offset))?;
+        self.take(len)?;
         Ok(String::from_utf8_lossy(&rest[..len]).into_owned())
+    }
+
+    /// Counts a copy of `len` bytes.
+    fn take(&self, len: usize) -> Result<(), ElfError> {
+        let left = self.left.get().checked_sub(len as u64);
+        self.left
+            .set(left.ok_or_else(|| broken("the length of all names", len as u64))?);
+        Ok(())
     }
 }
 
@@ -119,18 +156,14 @@ pub(super) fn read(
         }
     }
     let tag = |t: i64| tags.get(&t).copied();
-    let strings = tag(elf::DT_STRTAB);
-    let name = |offset: u64| match strings {
-        Some(base) => view.string(
-            base.checked_add(offset)
-                .ok_or_else(|| broken("a name", offset))?,
-        ),
-        None => Err(broken("DT_STRTAB", 0)),
-    };
+    let names = Names::new(view, tag(elf::DT_STRTAB))?;
     let flags = tag(elf::DT_FLAGS).unwrap_or(0);
     let mut dynamic = Dynamic {
-        soname: tag(elf::DT_SONAME).map(name).transpose()?,
-        needed: needed.into_iter().map(name).collect::<Result<_, _>>()?,
+        soname: tag(elf::DT_SONAME).map(|at| names.at(at)).transpose()?,
+        needed: needed
+            .into_iter()
+            .map(|at| names.at(at))
+            .collect::<Result<_, _>>()?,
         relocations: Vec::new(),
         init: tag(elf::DT_INIT).filter(|a| *a != 0),
         init_array: tag(elf::DT_INIT_ARRAY)
@@ -141,8 +174,13 @@ pub(super) fn read(
         static_tls: flags & elf::DF_STATIC_TLS != 0,
         debug_slot,
     };
-    if let Some((relr, len)) = tag(elf::DT_RELR).zip(tag(elf::DT_RELRSZ)) {
-        read_relr(view.bytes(relr, len)?, &mut dynamic.relocations)?;
+    if let Some((relr, len)) = tag(elf::DT_RELR)
+        .zip(tag(elf::DT_RELRSZ))
+        .filter(|(_, len)| *len != 0)
+    {
+        // One relocation per word; its addend is there, so it is in the file.
+        let words = view.segments.iter().map(|s| s.file_size / 8).sum::<u64>();
+        read_relr(view.bytes(relr, len)?, words, &mut dynamic.relocations)?;
     }
     if tags.contains_key(&elf::DT_REL)
         || tag(elf::DT_PLTREL).is_some_and(|kind| kind as i64 != elf::DT_RELA)
@@ -154,6 +192,9 @@ pub(super) fn read(
         (elf::DT_JMPREL, elf::DT_PLTRELSZ, true),
     ] {
         if let Some((table, len)) = tag(table).zip(tag(len)).filter(|(_, len)| *len != 0) {
+            if dynamic.relocations.len() as u64 + len / 24 > MOST {
+                return Err(broken("the number of relocations", len / 24));
+            }
             for entry in view.bytes(table, len)?.chunks_exact(24) {
                 let info = u64_at(entry, 8, "r_info")?;
                 dynamic.relocations.push(RelocationEntry {
@@ -167,7 +208,7 @@ pub(super) fn read(
         }
     }
     let symbols = match tag(elf::DT_SYMTAB) {
-        Some(base) => read_symbols(view, base, &tags, &dynamic, &name)?,
+        Some(base) => read_symbols(view, base, &tags, &dynamic, &names)?,
         None => Vec::new(),
     };
     Ok((dynamic, symbols))
@@ -175,8 +216,12 @@ pub(super) fn read(
 
 /// `DT_RELR`: an even entry is an address, an odd one a bitmap of the 63
 /// words behind the last address (generic ABI, "Relative relocation table").
-fn read_relr(table: &[u8], out: &mut Vec<RelocationEntry>) -> Result<(), ElfError> {
+fn read_relr(table: &[u8], words: u64, out: &mut Vec<RelocationEntry>) -> Result<(), ElfError> {
+    let most = words.min(MOST);
     let mut push = |offset: u64| {
+        if out.len() as u64 >= most {
+            return Err(broken("the number of relocations", offset));
+        }
         out.push(RelocationEntry {
             offset,
             kind: elf::R_X86_64_RELATIVE,
@@ -184,12 +229,13 @@ fn read_relr(table: &[u8], out: &mut Vec<RelocationEntry>) -> Result<(), ElfErro
             addend: None,
             plt: false,
         });
+        Ok(())
     };
     let mut next = 0_u64;
     for entry in table.chunks_exact(8) {
         let entry = u64_at(entry, 0, "DT_RELR")?;
         if entry & 1 == 0 {
-            push(entry);
+            push(entry)?;
             next = entry
                 .checked_add(8)
                 .ok_or_else(|| broken("DT_RELR", entry))?;
@@ -199,7 +245,7 @@ fn read_relr(table: &[u8], out: &mut Vec<RelocationEntry>) -> Result<(), ElfErro
                     push(
                         next.checked_add(bit * 8)
                             .ok_or_else(|| broken("DT_RELR", next))?,
-                    );
+                    )?;
                 }
             }
             next = next
@@ -215,7 +261,7 @@ fn read_symbols(
     base: u64,
     tags: &HashMap<i64, u64>,
     dynamic: &Dynamic,
-    name: &dyn Fn(u64) -> Result<String, ElfError>,
+    names: &Names<'_>,
 ) -> Result<Vec<Symbol>, ElfError> {
     let mut count = match (tags.get(&elf::DT_HASH), tags.get(&elf::DT_GNU_HASH)) {
         (Some(hash), _) => u64::from(u32_at(view.bytes(*hash, 8)?, 4, "DT_HASH")?),
@@ -235,7 +281,7 @@ fn read_symbols(
         .get(&elf::DT_VERSYM)
         .map(|at| view.bytes(*at, count * 2))
         .transpose()?;
-    let version_names = read_versions(view, tags, name)?;
+    let version_names = read_versions(view, tags, names)?;
     let mut symbols = Vec::with_capacity(count as usize);
     for (index, entry) in table.chunks_exact(24).enumerate() {
         let version = match versions {
@@ -243,15 +289,18 @@ fn read_symbols(
             None => 1,
         };
         let (info, other) = (entry[4], entry[5]);
+        let version_name = version_names.get(&(version & 0x7fff)).cloned();
+        names.take(version_name.as_ref().map_or(0, String::len))?;
         symbols.push(Symbol {
-            name: name(u64::from(u32_at(entry, 0, "st_name")?))?,
+            name: names.at(u64::from(u32_at(entry, 0, "st_name")?))?,
             value: u64_at(entry, 8, "st_value")?,
             size: u64_at(entry, 16, "st_size")?,
             kind: info & 0xf,
             binding: info >> 4,
             visibility: other & 3,
             section: u16_at(entry, 6, "st_shndx")?,
-            version: version_names.get(&(version & 0x7fff)).cloned(),
+            version: version_name,
+            version_index: version & 0x7fff,
             hidden: version & 0x8000 != 0,
         });
     }
@@ -287,23 +336,32 @@ fn gnu_hash_count(view: &View<'_>, at: u64) -> Result<u64, ElfError> {
 fn read_versions(
     view: &View<'_>,
     tags: &HashMap<i64, u64>,
-    name: &dyn Fn(u64) -> Result<String, ElfError>,
+    names: &Names<'_>,
 ) -> Result<HashMap<u16, String>, ElfError> {
-    let mut names = HashMap::new();
+    let mut found = HashMap::new();
+    // Chains may meet again: what is bounded is the walk.
+    let mut left = MOST_VERSIONS;
+    let mut step = |at: u64| {
+        left = left
+            .checked_sub(1)
+            .ok_or_else(|| broken("the number of versions", at))?;
+        Ok(())
+    };
     if let Some((mut at, count)) = tags
         .get(&elf::DT_VERDEF)
         .copied()
         .zip(tags.get(&elf::DT_VERDEFNUM))
     {
-        for _ in 0..(*count).min(MOST) {
+        for _ in 0..*count {
+            step(at)?;
             let d = view.bytes(at, 20)?;
             let flags = u16_at(d, 2, "vd_flags")?;
             let index = u16_at(d, 4, "vd_ndx")?;
             let aux = at + u64::from(u32_at(d, 12, "vd_aux")?);
             if flags & 1 == 0 {
-                names.insert(
+                found.insert(
                     index,
-                    name(u64::from(u32_at(view.bytes(aux, 8)?, 0, "vda_name")?))?,
+                    names.at(u64::from(u32_at(view.bytes(aux, 8)?, 0, "vda_name")?))?,
                 );
             }
             let next = u64::from(u32_at(d, 16, "vd_next")?);
@@ -318,14 +376,16 @@ fn read_versions(
         .copied()
         .zip(tags.get(&elf::DT_VERNEEDNUM))
     {
-        for _ in 0..(*count).min(MOST) {
+        for _ in 0..*count {
+            step(at)?;
             let n = view.bytes(at, 16)?;
             let mut aux_at = at + u64::from(u32_at(n, 8, "vn_aux")?);
             for _ in 0..u16_at(n, 2, "vn_cnt")? {
+                step(aux_at)?;
                 let aux = view.bytes(aux_at, 16)?;
-                names.insert(
-                    u16_at(aux, 6, "vna_other")?,
-                    name(u64::from(u32_at(aux, 8, "vna_name")?))?,
+                found.insert(
+                    u16_at(aux, 6, "vna_other")? & 0x7fff,
+                    names.at(u64::from(u32_at(aux, 8, "vna_name")?))?,
                 );
                 let next = u64::from(u32_at(aux, 12, "vna_next")?);
                 if next == 0 {
@@ -340,7 +400,7 @@ fn read_versions(
             at += next;
         }
     }
-    Ok(names)
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -354,7 +414,7 @@ mod tests {
             table.extend(entry.to_le_bytes());
         }
         let mut out = Vec::new();
-        read_relr(&table, &mut out).unwrap();
+        read_relr(&table, 100, &mut out).unwrap();
         let offsets: Vec<u64> = out.iter().map(|r| r.offset).collect();
         assert_eq!(
             offsets,

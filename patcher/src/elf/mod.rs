@@ -13,6 +13,8 @@ pub mod constants;
 mod dynamic;
 mod read;
 mod symtab;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -23,6 +25,9 @@ use serde::{Deserialize, Serialize};
 pub use dynamic::{Dynamic, RelocationEntry};
 use read::Reader;
 pub use symtab::symbol_by_prefix;
+
+/// More definitions than any file has of one name: a version each.
+const MOST_OF_A_NAME: usize = 64;
 
 /// Why a file is not an image that we can read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
@@ -56,6 +61,9 @@ pub struct Segment {
     pub mem_size: u64,
     /// `PF_R | PF_W | PF_X`.
     pub flags: u32,
+    /// What its address must be a multiple of, apart from what `vaddr` is off:
+    /// a power of two, or 0 for none.
+    pub align: u64,
 }
 
 impl Segment {
@@ -91,6 +99,8 @@ pub struct Symbol {
     pub section: u16,
     /// Version that it is defined with or wants; `None` where there is none.
     pub version: Option<String>,
+    /// Index of that version in the file; 0 and 1 stand for none.
+    pub version_index: u16,
     /// Only found by references that name the version.
     pub hidden: bool,
 }
@@ -130,6 +140,8 @@ pub struct Image {
     pub exports: HashMap<String, Vec<usize>>,
     /// `NT_GNU_BUILD_ID`.
     pub build_id: Option<Vec<u8>>,
+    /// Address in the image of the build-id's bytes.
+    pub build_id_vaddr: Option<u64>,
 }
 
 impl Image {
@@ -143,7 +155,7 @@ impl Image {
         let programs = reader.program_headers(&header)?;
         let mut segments = Vec::new();
         let (mut relro, mut tls, mut stack, mut dynamic_range) = (None, false, None, None);
-        let mut build_id = None;
+        let (mut build_id, mut notes_left) = (None, Reader::NOTES);
         for p in &programs {
             match p.kind {
                 elf::PT_LOAD if p.segment.mem_size > 0 => segments.push(p.segment),
@@ -151,7 +163,9 @@ impl Image {
                 elf::PT_TLS => tls |= p.segment.mem_size > 0,
                 elf::PT_GNU_STACK => stack = Some(p.segment.flags),
                 elf::PT_DYNAMIC => dynamic_range = Some((p.segment.vaddr, p.segment.file_size)),
-                elf::PT_NOTE if build_id.is_none() => build_id = reader.build_id(&p.segment)?,
+                elf::PT_NOTE if build_id.is_none() => {
+                    build_id = reader.build_id(&p.segment, &mut notes_left)?;
+                }
                 _ => {}
             }
         }
@@ -163,9 +177,17 @@ impl Image {
         };
         let mut exports: HashMap<String, Vec<usize>> = HashMap::new();
         for (index, symbol) in symbols.iter().enumerate().skip(1) {
-            if !symbol.undefined() || symbol.value != 0 {
-                exports.entry(symbol.name.clone()).or_default().push(index);
+            if symbol.binding == elf::STB_LOCAL || symbol.undefined() && symbol.value == 0 {
+                continue;
             }
+            let same = exports.entry(symbol.name.clone()).or_default();
+            if same.len() == MOST_OF_A_NAME {
+                return Err(read::broken(
+                    "the number of symbols of one name",
+                    symbol.value,
+                ));
+            }
+            same.push(index);
         }
         Ok(Image {
             file_type: header.file_type,
@@ -178,7 +200,8 @@ impl Image {
             dynamic,
             symbols,
             exports,
-            build_id,
+            build_id_vaddr: build_id.as_ref().map(|id| id.vaddr),
+            build_id: build_id.map(|id| id.bytes),
             bytes,
         })
     }
@@ -201,6 +224,14 @@ impl Image {
         self.segments
             .last()
             .map_or(0, |s| (s.vaddr + s.mem_size + 0xfff) & !0xfff)
+    }
+
+    /// What the address of the image's first page must be a multiple of: at
+    /// least a page.
+    #[must_use]
+    pub fn alignment(&self) -> u64 {
+        let largest = self.segments.iter().map(|s| s.align).max();
+        largest.unwrap_or(0).max(0x1000)
     }
 
     /// The bytes in the file that are mapped at `vaddr`.

@@ -4,6 +4,14 @@ use super::constants as elf;
 
 use super::{ElfError, Segment};
 
+/// More segments than any linker makes. Addresses are looked up in them one
+/// by one.
+const MOST_SEGMENTS: usize = 128;
+/// More notes than any file has.
+const MOST_NOTES: usize = 4096;
+/// First address that user space does not have (47 bits).
+const HIGHEST: u64 = 1 << 47;
+
 pub(super) struct Reader<'a> {
     bytes: &'a [u8],
 }
@@ -118,16 +126,25 @@ impl<'a> Reader<'a> {
                         vaddr: u64_at(entry, 16, "p_vaddr")?,
                         file_size: u64_at(entry, 32, "p_filesz")?,
                         mem_size: u64_at(entry, 40, "p_memsz")?,
+                        align: u64_at(entry, 48, "p_align")?,
                     },
                 })
             })
             .collect()
     }
 
-    pub(super) fn build_id(&self, segment: &Segment) -> Result<Option<Vec<u8>>, ElfError> {
+    /// The build-id in these notes and its address in the image.
+    pub(super) fn build_id(
+        &self,
+        segment: &Segment,
+        notes_left: &mut usize,
+    ) -> Result<Option<BuildId>, ElfError> {
         let notes = slice(self.bytes, segment.offset, segment.file_size, "PT_NOTE")?;
         let mut at = 0_u64;
         while at + 12 <= notes.len() as u64 {
+            *notes_left = notes_left
+                .checked_sub(1)
+                .ok_or_else(|| broken("the number of notes", segment.offset))?;
             let name_len = u64::from(u32_at(notes, at, "note")?);
             let desc_len = u64::from(u32_at(notes, at + 4, "note")?);
             let kind = u32_at(notes, at + 8, "note")?;
@@ -137,7 +154,10 @@ impl<'a> Reader<'a> {
             {
                 let id = slice(notes, desc_at, desc_len, "build-id")?;
                 // Longer ones are not made by any linker.
-                return Ok((id.len() <= 64).then(|| id.to_vec()));
+                return Ok((id.len() <= 64).then(|| BuildId {
+                    bytes: id.to_vec(),
+                    vaddr: segment.vaddr.wrapping_add(desc_at),
+                }));
             }
             at = desc_at + desc_len.next_multiple_of(4);
         }
@@ -145,32 +165,49 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// The segments lie in the file, ascend, do not share a page of addresses
-/// beyond what linkers do, and stay below 2 GiB altogether.
+pub(super) struct BuildId {
+    pub(super) bytes: Vec<u8>,
+    pub(super) vaddr: u64,
+}
+
+impl Reader<'_> {
+    /// How many notes of one file are looked at.
+    pub(super) const NOTES: usize = MOST_NOTES;
+}
+
+/// The segments lie in the file and in user space, ascend without overlap,
+/// and stay below 2 GiB altogether.
 pub(super) fn check_segments(segments: &[Segment], file_len: u64) -> Result<(), ElfError> {
+    if segments.len() > MOST_SEGMENTS {
+        return Err(broken("the number of PT_LOAD", segments.len() as u64));
+    }
     let mut end = 0_u64;
     for s in segments {
         let fits = s
             .offset
             .checked_add(s.file_size)
             .is_some_and(|e| e <= file_len);
-        if !fits || s.file_size > s.mem_size {
+        if s.file_size > s.mem_size || s.file_size > 0 && !fits {
             return Err(broken("PT_LOAD", s.offset));
         }
         if s.vaddr & 0xfff != s.offset & 0xfff && s.file_size > 0 {
             return Err(broken("PT_LOAD's alignment", s.vaddr));
         }
-        let Some(s_end) = s.vaddr.checked_add(s.mem_size) else {
-            return Err(broken("PT_LOAD", s.vaddr));
-        };
+        if s.align != 0 && !s.align.is_power_of_two() {
+            return Err(broken("PT_LOAD's alignment", s.align));
+        }
         if s.vaddr < end {
             return Err(broken("PT_LOAD's order", s.vaddr));
         }
-        end = s_end;
+        end = s
+            .vaddr
+            .checked_add(s.mem_size)
+            .filter(|end| *end <= HIGHEST)
+            .ok_or_else(|| broken("PT_LOAD", s.vaddr))?;
     }
-    match (segments.first(), end) {
-        (Some(first), end) if end - first.vaddr <= 1 << 31 => Ok(()),
-        (Some(_), end) => Err(broken("an image of more than 2 GiB", end)),
-        (None, _) => Err(broken("no PT_LOAD", 0)),
+    match segments.first() {
+        Some(first) if end - first.vaddr <= 1 << 31 => Ok(()),
+        Some(_) => Err(broken("an image of more than 2 GiB", end)),
+        None => Err(broken("no PT_LOAD", 0)),
     }
 }
