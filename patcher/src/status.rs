@@ -17,7 +17,14 @@ use crate::snapshot::{Memory, SnapshotError};
 /// The worker's memory cannot be read (any more).
 pub fn status(present: &Present, memory: &dyn Memory) -> Result<WorkerStatus, SnapshotError> {
     let manifest = &present.manifest;
-    let other_name = memory.u64(manifest.control + offset_of!(Control, other_name) as u64)?;
+    // A call that is none of an edge's is counted for the worker.
+    let common = |offset: usize| memory.u64(manifest.control + offset as u64);
+    let common = RpcReasons {
+        other_name: common(offset_of!(Control, other_name))?,
+        other_target: common(offset_of!(Control, other_target))?,
+        other_thread: common(offset_of!(Control, other_thread))?,
+        ..RpcReasons::default()
+    };
     let mut grafts = Vec::new();
     for (index, graft) in manifest.grafts.iter().enumerate().filter(|(_, g)| !g.replaced) {
         let sites: Vec<usize> = (0..manifest.windows.len())
@@ -37,7 +44,7 @@ pub fn status(present: &Present, memory: &dyn Memory) -> Result<WorkerStatus, Sn
             },
             failure: failure(graft, present.states[index], memory)?,
             sites: sites.into_iter().map(|i| manifest.windows[i].address).collect(),
-            counters: counters(manifest, graft, other_name, memory)?,
+            counters: counters(manifest, graft, &common, memory)?,
         });
     }
     Ok(WorkerStatus {
@@ -70,7 +77,7 @@ fn failure(graft: &GraftRecord, state: u8, memory: &dyn Memory) -> Result<Option
 fn counters(
     manifest: &Manifest,
     graft: &GraftRecord,
-    other_name: u64,
+    common: &RpcReasons,
     memory: &dyn Memory,
 ) -> Result<EdgeCounters, SnapshotError> {
     let edge = manifest.edge(graft);
@@ -84,13 +91,11 @@ fn counters(
         bytes_out: read(offset_of!(SharedEdge, bytes_out))?,
         rpc: RpcReasons {
             gate_off: read(offset_of!(SharedEdge, rpc_gate_off))?,
-            other_name,
-            other_target: read(offset_of!(SharedEdge, rpc_target))?,
             not_ready: read(offset_of!(SharedEdge, rpc_not_ready))?,
             busy: read(offset_of!(SharedEdge, rpc_busy))?,
-            other_thread: read(offset_of!(SharedEdge, rpc_thread))?,
             stack: read(offset_of!(SharedEdge, rpc_stack))?,
             memory: read(offset_of!(SharedEdge, rpc_memory))?,
+            ..common.clone()
         },
         fused_ns_mean: (samples > 0).then(|| cycles as f64 / samples as f64 / cycles_per_nanosecond()),
     })

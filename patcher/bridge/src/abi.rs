@@ -75,14 +75,10 @@ pub struct SharedEdge {
     pub sampled_cycles: AtomicU64,
     /// Calls that took the RPC because the gate was off.
     pub rpc_gate_off: AtomicU64,
-    /// … because the target was not the worker's `invoke_func`.
-    pub rpc_target: AtomicU64,
     /// … because the callee was not ready.
     pub rpc_not_ready: AtomicU64,
     /// … because the callee was running already.
     pub rpc_busy: AtomicU64,
-    /// … because another thread called.
-    pub rpc_thread: AtomicU64,
     /// … because too little stack was left.
     pub rpc_stack: AtomicU64,
     /// … because the output arena was over its budget.
@@ -109,6 +105,10 @@ pub struct Control {
     pub worker: u64,
     /// Calls that passed a site with a name that no graft has.
     pub other_name: AtomicU64,
+    /// Calls that passed a site with another target than `invoke_func`.
+    pub other_target: AtomicU64,
+    /// Calls that passed a site on another thread than the worker's.
+    pub other_thread: AtomicU64,
     /// One per graft, by [`Graft::index`].
     pub edges: [SharedEdge; MAX_GRAFTS],
     /// Each slot: length (u32 little-endian), CRC-32 of the text, the text.
@@ -128,8 +128,8 @@ pub struct Worker {
     pub thread: u64,
     /// Fused calls start only with the stack pointer above this address.
     pub stack_floor: u64,
-    /// Text of the caller's library, `[low, high)`: an entry into
-    /// `faas_func_call` from there is a nested one.
+    /// The worker's executable, `[low, high)`: an entry into the caller's
+    /// `faas_func_call` from there is an outermost one.
     pub text_low: u64,
     /// See `text_low`.
     pub text_high: u64,
@@ -137,11 +137,12 @@ pub struct Worker {
     pub pthread_create: u64,
     /// The C library's `pthread_detach`.
     pub pthread_detach: u64,
-    /// The C library's `memcpy`, or its resolver if `memcpy_is_ifunc`.
+    /// The C library's `memcpy`; 0 until `memcpy_resolver` was asked, which
+    /// is before any graft is ready.
     pub memcpy: Cell<u64>,
-    /// `memcpy` holds an IFUNC resolver that the first initialiser calls.
-    pub memcpy_is_ifunc: Cell<u64>,
-    /// Most bytes that the arena may map.
+    /// The IFUNC resolver of `memcpy`, 0 if it is none.
+    pub memcpy_resolver: u64,
+    /// Fused calls start only while outputs and inputs take fewer bytes.
     pub arena_budget: u64,
     /// The outputs of fused calls.
     pub arena: crate::arena::Arena,
@@ -193,7 +194,8 @@ pub struct Graft {
     pub state: AtomicU8,
     /// 1 while its `faas_func_call` runs: one active call per image.
     pub busy: Cell<u8>,
-    /// An append of the running call found no memory.
+    /// An append of the running call found no memory: the call fails, and
+    /// the gate goes off.
     pub starved: Cell<u8>,
     /// Padding.
     pub pad: u8,
@@ -201,8 +203,14 @@ pub struct Graft {
     pub mxcsr: Cell<u32>,
     /// x87 control word as the initialisers left it.
     pub fpucw: Cell<u32>,
-    /// Bytes of scratch that are not zero.
+    /// Bytes of `scratch` that are not zero.
     pub scratch_used: Cell<u32>,
+    /// Where inputs go that are too long for `scratch`; 0 for nowhere yet.
+    pub large: Cell<u64>,
+    /// Bytes mapped at `large`.
+    pub large_len: Cell<u64>,
+    /// Bytes at `large` that are not zero.
+    pub large_used: Cell<u64>,
     /// The caller's context of the running call.
     pub caller_context: Cell<u64>,
     /// Output of the running call: first byte, 0 while nothing was appended.

@@ -2,8 +2,8 @@
 //! `faas_func_call` is over.
 //!
 //! A bump allocator over chunks that `mmap` gave. An output grows in place
-//! while it is the last thing in its chunk, else it moves to a chunk twice as
-//! large. Every output starts on a 64-byte boundary and has a NUL behind it:
+//! while it is the last thing in its chunk; a chunk that holds nothing else
+//! grows with it (`mremap`), else the output moves to a chunk of its own. Every output starts on a 64-byte boundary and has a NUL behind it:
 //! in nightcore outputs are parts of zero-filled messages or of pages, and
 //! careless functions live on that.
 //!
@@ -49,14 +49,16 @@ impl Arena {
 
     /// Makes room for `more` bytes (and a NUL) behind the `len` bytes at
     /// `out` (0: a new output). Gives the output's first byte, which is
-    /// another one if it had to move; `None` if memory ran out or `budget`
-    /// bytes would be overrun.
+    /// another one if it had to move; `None` if the kernel has no memory. What
+    /// an output needs is not known before the callee runs, and then there is
+    /// no way back to the RPC: so the arena itself knows no limit, and calls
+    /// are not started while it holds much.
     ///
     /// # Safety
     /// `out` is 0 or came from this arena since its last reset, with `len`
     /// bytes in use, and no two threads use the arena.
     #[inline]
-    pub unsafe fn grow(&self, out: u64, len: u64, more: u64, budget: u64) -> Option<u64> {
+    pub unsafe fn grow(&self, out: u64, len: u64, more: u64) -> Option<u64> {
         let next = self.next.get();
         if out == 0 {
             // Aligned here, not at the end of the output before: a nested
@@ -71,12 +73,12 @@ impl Arena {
             return Some(out);
         }
         // SAFETY: as the caller promises.
-        unsafe { self.grow_cold(out, len, more, budget) }
+        unsafe { self.grow_cold(out, len, more) }
     }
 
     #[cold]
     #[inline(never)]
-    unsafe fn grow_cold(&self, out: u64, len: u64, more: u64, budget: u64) -> Option<u64> {
+    unsafe fn grow_cold(&self, out: u64, len: u64, more: u64) -> Option<u64> {
         let need = len.checked_add(more)?.checked_add(1)?;
         if out != 0 {
             // It may sit behind a later output with room left in the chunk.
@@ -88,19 +90,37 @@ impl Arena {
                 return Some(start);
             }
         }
-        // Twice the need when an output grows: appends then cost amortised
-        // constant time.
-        let want = if out == 0 { need } else { need.checked_mul(2)? };
         let header = size_of::<Chunk>() as u64;
-        let floor =
-            (FIRST as u64).max(self.end.get().wrapping_sub(self.chunk.get()).min(1 << 20) * 2);
+        let size = self.end.get() - self.chunk.get();
+        if out != 0 && out == self.chunk.get() + header && out + len + 1 == self.next.get() {
+            // Nothing else is in this chunk. Twice the size, so that many
+            // appends cost amortised constant time; what is really needed
+            // where that is too much.
+            let exact = need.checked_add(header)?.checked_next_multiple_of(4096)?;
+            for larger in [exact.checked_mul(2)?.max(size), exact] {
+                // SAFETY: the chunk is ours; what refers to it is set below.
+                let moved = unsafe {
+                    sys::remap(self.chunk.get() as *mut u8, size as usize, larger as usize)
+                };
+                if let Some(chunk) = moved {
+                    let chunk = chunk as u64;
+                    // SAFETY: the chunk begins with its header.
+                    unsafe { (*(chunk as *mut Chunk)).len = larger };
+                    self.mapped.set(self.mapped.get() + larger - size);
+                    self.chunk.set(chunk);
+                    self.end.set(chunk + larger);
+                    self.next.set(chunk + header + need);
+                    return Some(chunk + header);
+                }
+            }
+            return None;
+        }
+        let want = if out == 0 { need } else { need.checked_mul(2)? };
+        let floor = (FIRST as u64).max(size.min(1 << 20) * 2);
         let size = want
             .checked_add(header)?
             .max(floor)
             .checked_next_multiple_of(4096)?;
-        if self.mapped.get().checked_add(size)? > budget {
-            return None;
-        }
         let chunk = sys::map(usize::try_from(size).ok()?)? as u64;
         self.mapped.set(self.mapped.get() + size);
         // SAFETY: the mapping is new, writable and at least a header long.
@@ -172,14 +192,10 @@ unsafe fn copy(to: u64, from: u64, len: u64) {
 mod tests {
     use super::*;
 
-    const BUDGET: u64 = 64 << 20;
-
     fn append(arena: &Arena, out: &mut (u64, u64), bytes: &[u8]) {
         // SAFETY: one thread, and `out` is what the arena gave.
         unsafe {
-            let start = arena
-                .grow(out.0, out.1, bytes.len() as u64, BUDGET)
-                .expect("room");
+            let start = arena.grow(out.0, out.1, bytes.len() as u64).expect("room");
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), (start + out.1) as *mut u8, bytes.len());
             *out = (start, out.1 + bytes.len() as u64);
         }
@@ -244,12 +260,34 @@ mod tests {
     }
 
     #[test]
-    fn the_budget_is_kept() {
+    fn one_output_that_grows_is_alone_in_what_it_takes() {
         let arena = Arena::default();
-        // SAFETY: a new output in an arena of one thread.
-        assert_eq!(unsafe { arena.grow(0, 0, BUDGET, BUDGET) }, None);
-        assert_eq!(arena.mapped(), 0);
-        // SAFETY: as above.
-        assert_eq!(unsafe { arena.grow(0, 0, u64::MAX, u64::MAX) }, None);
+        let mut small = (0, 0);
+        append(&arena, &mut small, b"before");
+        let mut out = (0, 0);
+        let piece = vec![3; 4096];
+        for _ in 0..16 << 10 {
+            append(&arena, &mut out, &piece);
+        }
+        assert_eq!(read(small), b"before");
+        assert!(read(out).iter().all(|b| *b == 3));
+        assert!(
+            arena.mapped() <= 160 << 20,
+            "{} bytes for an output of 64 MiB",
+            arena.mapped()
+        );
+    }
+
+    #[test]
+    fn what_the_kernel_does_not_give_is_refused_and_harms_nothing() {
+        let arena = Arena::default();
+        let mut out = (0, 0);
+        append(&arena, &mut out, b"kept");
+        // SAFETY: one thread, and `out` is what the arena gave.
+        unsafe {
+            assert_eq!(arena.grow(0, 0, u64::MAX), None);
+            assert_eq!(arena.grow(out.0, out.1, 1 << 60), None);
+        }
+        assert_eq!(read(out), b"kept");
     }
 }

@@ -14,7 +14,7 @@ use crate::abi::{
     Control, Graft, INLINE_INPUT, SAMPLE_EVERY, STATE_ARMED, STATE_READY, SharedEdge, Site, Worker,
 };
 use crate::entry::{Frame, TAKE_RPC};
-use crate::{start, sys};
+use crate::{arena, start, sys};
 
 /// `faas_func_call`.
 type FuncCall = unsafe extern "C" fn(*mut c_void, *const u8, usize) -> c_int;
@@ -42,32 +42,31 @@ pub unsafe extern "C" fn ng_call(frame: *const Frame) -> i64 {
     // SAFETY: see above; what the structures point at is never unmapped while
     // a stub leads here.
     let (frame, site) = unsafe { (&*frame, &*((*frame).site as *const Site)) };
+    // SAFETY: as above.
+    let worker = unsafe { &*(site.worker as *const Worker) };
+    // First of all: with another target the "name" may be anything.
+    if frame.target != worker.invoke {
+        return other(worker, core::mem::offset_of!(Control, other_target));
+    }
+    if sys::thread_pointer() != worker.thread {
+        return other(worker, core::mem::offset_of!(Control, other_thread));
+    }
     let graft = if frame.name == site.name && frame.name != 0 {
         site.graft
     } else {
-        // SAFETY: as above.
-        match unsafe { by_name(site, frame.name) } {
+        // SAFETY: as above; this is an RPC, so `name` is its name.
+        match unsafe { by_name(worker, frame.name) } {
             Some(graft) => graft,
-            None => return TAKE_RPC,
+            None => return other(worker, core::mem::offset_of!(Control, other_name)),
         }
     };
     // SAFETY: as above.
-    let (graft, worker, shared) = unsafe {
+    let (graft, shared) = unsafe {
         let graft = &*(graft as *const Graft);
-        (
-            graft,
-            &*(graft.worker as *const Worker),
-            &*(graft.shared as *const SharedEdge),
-        )
+        (graft, &*(graft.shared as *const SharedEdge))
     };
     if shared.gate.load(Relaxed) == 0 {
         return rpc(&shared.rpc_gate_off);
-    }
-    if frame.target != worker.invoke {
-        return rpc(&shared.rpc_target);
-    }
-    if sys::thread_pointer() != worker.thread {
-        return rpc(&shared.rpc_thread);
     }
     if graft.state.load(Acquire) != STATE_READY {
         if graft.state.load(Acquire) == STATE_ARMED {
@@ -82,51 +81,61 @@ pub unsafe extern "C" fn ng_call(frame: *const Frame) -> i64 {
     if (core::ptr::from_ref(frame) as u64) < worker.stack_floor {
         return rpc(&shared.rpc_stack);
     }
-    // A call may need a lot, and once the callee has started there is no way
-    // back to the RPC: start only while half of the budget is free.
-    if worker.arena.mapped() > worker.arena_budget / 2 {
+    // Once the callee has started there is no way back to the RPC.
+    if worker.arena.mapped() > worker.arena_budget {
         return rpc(&shared.rpc_memory);
     }
+    // SAFETY: the graft is not busy; the caller vouches for its input.
+    let Some(input) = (unsafe { hand_over(graft, frame.input, frame.input_len) }) else {
+        return rpc(&shared.rpc_memory);
+    };
     let entered = shared.entered.load(Relaxed);
     shared.entered.store(entered + 1, Relaxed);
     if entered % SAMPLE_EVERY == SAMPLE_EVERY / 2 {
         let before = sys::cycles();
         // SAFETY: all checks passed.
-        let result = unsafe { run(frame, graft, shared) };
+        let result = unsafe { run(frame, graft, shared, input) };
         add(&shared.sampled_cycles, sys::cycles().wrapping_sub(before));
         add(&shared.samples, 1);
         result
     } else {
         // SAFETY: all checks passed.
-        unsafe { run(frame, graft, shared) }
+        unsafe { run(frame, graft, shared, input) }
     }
 }
 
 /// The graft whose name equals the bytes at `name`, terminator included.
 #[cold]
 #[inline(never)]
-unsafe fn by_name(site: &Site, name: u64) -> Option<u64> {
+unsafe fn by_name(worker: &Worker, name: u64) -> Option<u64> {
     if name == 0 {
         return None;
     }
-    // SAFETY: the patcher wrote `worker`; `name` is the NUL-terminated string
-    // that the RPC itself would read next.
-    unsafe {
-        let worker = &*(site.worker as *const Worker);
-        let mut index = 0;
-        while index < worker.count.load(Acquire) as usize {
+    let mut index = 0;
+    while index < worker.count.load(Acquire) as usize {
+        // SAFETY: the patcher wrote the table, 0 where an entry is not there
+        // (yet); `name` is the string that the RPC itself would read next.
+        unsafe {
             let graft = *worker.grafts.as_ptr().add(index);
-            if same(
-                (*(graft as *const Graft)).name as *const u8,
-                name as *const u8,
-            ) {
+            if graft != 0
+                && same(
+                    (*(graft as *const Graft)).name as *const u8,
+                    name as *const u8,
+                )
+            {
                 return Some(graft);
             }
-            index += 1;
         }
-        add(&(*(worker.control as *const Control)).other_name, 1);
+        index += 1;
     }
     None
+}
+
+/// Counts a call that is none of an edge's, in the control area.
+#[cold]
+fn other(worker: &Worker, offset: usize) -> i64 {
+    // SAFETY: the control area outlives every stub; the offset is a counter's.
+    rpc(unsafe { &*((worker.control + offset as u64) as *const AtomicU64) })
 }
 
 unsafe fn same(mut a: *const u8, mut b: *const u8) -> bool {
@@ -159,7 +168,7 @@ fn add(counter: &AtomicU64, n: u64) {
 
 /// Runs the callee.
 #[inline(always)]
-unsafe fn run(frame: &Frame, graft: &Graft, shared: &SharedEdge) -> i64 {
+unsafe fn run(frame: &Frame, graft: &Graft, shared: &SharedEdge, input: u64) -> i64 {
     // SAFETY: output and output_len are what the caller passes to the RPC,
     // which stores to both first of all; the graft is ready and not busy.
     unsafe {
@@ -171,7 +180,6 @@ unsafe fn run(frame: &Frame, graft: &Graft, shared: &SharedEdge) -> i64 {
         graft.caller_context.set(frame.context);
         graft.out.set(0);
         graft.out_len.set(0);
-        let input = hand_over(graft, frame.input, frame.input_len);
 
         let theirs = sys::floating_point();
         let ours = (graft.mxcsr.get(), graft.fpucw.get() as u16);
@@ -199,6 +207,10 @@ unsafe fn run(frame: &Frame, graft: &Graft, shared: &SharedEdge) -> i64 {
         add(&shared.bytes_in, frame.input_len);
         add(&shared.returned, 1);
         if result != 0 || graft.starved.get() != 0 {
+            if graft.starved.get() != 0 {
+                // The next one would fail as well.
+                shared.gate.store(0, Relaxed);
+            }
             add(&shared.errors, 1);
             return -1;
         }
@@ -221,12 +233,14 @@ fn differs(a: (u32, u16), b: (u32, u16)) -> bool {
     (a.0 ^ b.0) & !EXCEPTION_FLAGS != 0 || a.1 != b.1
 }
 
-/// Small inputs go into the graft's scratch: 64-byte aligned and zero behind,
-/// as in a nightcore message. Larger ones are passed on where they are.
+/// Copies the input to where it is aligned and followed by zeros, as in
+/// nightcore's messages and shared-memory files: careless functions live on
+/// that. `None` if there is no memory for it.
 #[inline(always)]
-unsafe fn hand_over(graft: &Graft, input: u64, len: u64) -> u64 {
+unsafe fn hand_over(graft: &Graft, input: u64, len: u64) -> Option<u64> {
     if len > INLINE_INPUT as u64 {
-        return input;
+        // SAFETY: as the caller promises.
+        return unsafe { hand_over_large(graft, input, len) };
     }
     let scratch = graft.scratch.0.get().cast::<u8>();
     // SAFETY: the scratch is larger than INLINE_INPUT, the graft is not busy,
@@ -243,7 +257,38 @@ unsafe fn hand_over(graft: &Graft, input: u64, len: u64) -> u64 {
         }
     }
     graft.scratch_used.set(len as u32);
-    scratch as u64
+    Some(scratch as u64)
+}
+
+/// The same for what is no inline message: page-aligned, and zero up to the
+/// end of a page at least.
+#[inline(never)]
+unsafe fn hand_over_large(graft: &Graft, input: u64, len: u64) -> Option<u64> {
+    const PAGE: u64 = 4096;
+    let need = len.checked_add(1)?.checked_next_multiple_of(PAGE)?;
+    // SAFETY: the block is the graft's own, and the graft is not busy.
+    unsafe {
+        let excess = graft.large_len.get() > arena::KEEP as u64 && need <= arena::KEEP as u64;
+        if need > graft.large_len.get() || excess {
+            let block = sys::map(usize::try_from(need).ok()?)?;
+            if graft.large_len.get() != 0 {
+                sys::unmap(graft.large.get() as *mut u8, graft.large_len.get() as usize);
+            }
+            graft.large.set(block as u64);
+            graft.large_len.set(need);
+            graft.large_used.set(0);
+        }
+        let block = graft.large.get() as *mut u8;
+        copy(block, input as *const u8, len as usize, graft);
+        let dirty = graft.large_used.get().min(need);
+        if dirty > len {
+            core::ptr::write_bytes(block.add(len as usize), 0, (dirty - len) as usize);
+        }
+        if graft.large_used.get() <= need {
+            graft.large_used.set(len);
+        }
+        Some(block as u64)
+    }
 }
 
 /// Copies short runs inline, longer ones by the C library.
@@ -296,10 +341,7 @@ pub unsafe extern "C" fn ng_append(context: *mut c_void, data: *const u8, len: u
         let worker = &*(graft.worker as *const Worker);
         let out_len = graft.out_len.get();
         worker.dirty.set(1);
-        match worker
-            .arena
-            .grow(graft.out.get(), out_len, len as u64, worker.arena_budget)
-        {
+        match worker.arena.grow(graft.out.get(), out_len, len as u64) {
             Some(out) => {
                 graft.out.set(out);
                 copy((out + out_len) as *mut u8, data, len, graft);
@@ -350,8 +392,9 @@ pub unsafe extern "C" fn ng_invoke(
 /// something. `return_slot` is where the entry's return address lies, `dirty`
 /// the address of the worker's flag of that name.
 ///
-/// Only the worker enters from outside the library, and never while a call is
-/// active: then whatever the arena holds belongs to a call that is over.
+/// Only an entry from the worker's own executable is an outermost one, and it
+/// never happens while a call is active: whatever the arena holds then belongs
+/// to a call that is over.
 ///
 /// # Safety
 /// Called by the entry stub alone.
@@ -367,7 +410,8 @@ pub unsafe extern "C" fn ng_hook(return_slot: *const u64, dirty: *const u8) {
                 .cast::<Worker>(),
         )
     };
-    if sys::thread_pointer() != worker.thread || (worker.text_low..worker.text_high).contains(&from)
+    if sys::thread_pointer() != worker.thread
+        || !(worker.text_low..worker.text_high).contains(&from)
     {
         return;
     }

@@ -96,10 +96,13 @@ unsafe fn initialise(graft: &Graft, worker: &Worker) {
     // this image, and the order is the dynamic linker's own: relocations,
     // RELRO, initialisers.
     unsafe {
-        if worker.memcpy_is_ifunc.get() != 0 {
-            let resolver: Resolver = core::mem::transmute(worker.memcpy.get() as usize);
+        // A thread starts with its creator's modes, and the caller may have
+        // changed its own.
+        sys::set_floating_point(sys::DEFAULT_MXCSR, sys::DEFAULT_FPUCW);
+        if worker.memcpy_resolver != 0 {
+            // Two grafts may get ready at once: both store the same.
+            let resolver: Resolver = core::mem::transmute(worker.memcpy_resolver as usize);
             worker.memcpy.set(resolver());
-            worker.memcpy_is_ifunc.set(0);
         }
         let slots = graft.ifuncs as *const IfuncSlot;
         let mut index = 0;

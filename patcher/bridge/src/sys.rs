@@ -42,6 +42,29 @@ pub(crate) unsafe fn unmap(start: *mut u8, len: usize) {
     }
 }
 
+/// `mremap` with `MREMAP_MAYMOVE`.
+///
+/// # Safety
+/// The range was given by [`map`] or this, and everything that refers to it
+/// is corrected.
+pub(crate) unsafe fn remap(start: *mut u8, len: usize, new_len: usize) -> Option<*mut u8> {
+    let result: isize;
+    // SAFETY: as the caller promises.
+    unsafe {
+        asm!(
+            "syscall",
+            inlateout("rax") 25_isize => result, // mremap
+            in("rdi") start,
+            in("rsi") len,
+            in("rdx") new_len,
+            in("r10") 1_usize, // MREMAP_MAYMOVE
+            lateout("rcx") _, lateout("r11") _,
+            options(nostack),
+        );
+    }
+    (result > 0).then_some(result as *mut u8)
+}
+
 /// `mprotect(start, len, PROT_READ)`; gives 0 or an errno.
 ///
 /// # Safety
@@ -82,6 +105,11 @@ pub(crate) fn cycles() -> u64 {
     // which would fault the worker's own C library as well.
     unsafe { core::arch::x86_64::_rdtsc() }
 }
+
+/// MXCSR of a new process (System V ABI, x86-64: register conventions).
+pub(crate) const DEFAULT_MXCSR: u32 = 0x1f80;
+/// x87 control word of a new process.
+pub(crate) const DEFAULT_FPUCW: u16 = 0x37f;
 
 /// MXCSR and the x87 control word of this thread.
 #[inline(always)]

@@ -15,7 +15,10 @@ pub(super) struct Area {
 
 impl Area {
     pub(super) fn new(base: u64) -> Area {
-        Area { base, bytes: Vec::new() }
+        Area {
+            base,
+            bytes: Vec::new(),
+        }
     }
 
     /// Reserves zeroed room and gives its live address.
@@ -84,8 +87,14 @@ impl WorkerFields {
             (offset_of!(Worker, text_high), self.text.1),
             (offset_of!(Worker, pthread_create), self.pthread_create),
             (offset_of!(Worker, pthread_detach), self.pthread_detach),
-            (offset_of!(Worker, memcpy), self.memcpy.0),
-            (offset_of!(Worker, memcpy_is_ifunc), u64::from(self.memcpy.1)),
+            (
+                offset_of!(Worker, memcpy),
+                if self.memcpy.1 { 0 } else { self.memcpy.0 },
+            ),
+            (
+                offset_of!(Worker, memcpy_resolver),
+                if self.memcpy.1 { self.memcpy.0 } else { 0 },
+            ),
             (offset_of!(Worker, arena_budget), self.arena_budget),
             (offset_of!(Worker, grafts), self.graft),
         ];
