@@ -11,7 +11,9 @@
 
 use std::mem::offset_of;
 
-use nightgraft_bridge::abi::{BRIDGE_VERSION, CONTROL_NAME, Control, Graft, MAGIC, MANIFEST_SLOT, STATE_FAILED};
+use nightgraft_bridge::abi::{
+    BRIDGE_VERSION, CONTROL_NAME, Control, Graft, MAGIC, MANIFEST_SLOT, STATE_FAILED,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::refused::Refused;
@@ -122,7 +124,9 @@ impl Manifest {
     /// The graft that calls by this name run, if any.
     #[must_use]
     pub fn graft(&self, callee: &str) -> Option<&GraftRecord> {
-        self.grafts.iter().find(|g| !g.replaced && g.callee == callee)
+        self.grafts
+            .iter()
+            .find(|g| !g.replaced && g.callee == callee)
     }
 
     /// Live address of a graft's gate byte.
@@ -146,7 +150,9 @@ impl Manifest {
         let text = serde_json::to_vec(self).unwrap_or_default();
         let most = MANIFEST_SLOT - 8;
         if text.is_empty() || text.len() > most {
-            return Err(Refused::OtherBridge { found: format!("so much that its record has over {most} bytes") });
+            return Err(Refused::OtherBridge {
+                found: format!("so much that its record has over {most} bytes"),
+            });
         }
         let mut slot = Vec::with_capacity(text.len() + 8);
         slot.extend((text.len() as u32).to_le_bytes());
@@ -190,52 +196,110 @@ impl Present {
 /// # Errors
 /// The memory cannot be read, or there is something that is not a record of
 /// this version and worker.
-pub fn find(pid: i32, start_time: u64, maps: &[Map], memory: &dyn Memory) -> Result<Option<Present>, FindError> {
+pub fn find(
+    pid: i32,
+    start_time: u64,
+    maps: &[Map],
+    memory: &dyn Memory,
+) -> Result<Option<Present>, FindError> {
     let name = format!("/memfd:{CONTROL_NAME}");
-    let other = |found: &str| FindError::Refused(Refused::OtherBridge { found: found.to_owned() });
-    // A patch that ended before its first record leaves an empty area, which
-    // nothing points at.
-    let mut found = None;
-    for area in maps.iter().filter(|m| m.name.strip_suffix(" (deleted)").unwrap_or(&m.name) == name) {
-        if area.end - area.start < size_of::<Control>() as u64 {
-            return Err(other("a control area of another size"));
-        }
-        let mut head = [0_u8; 16];
-        memory.read(area.start, &mut head)?;
-        if head[..8] == MAGIC {
-            found = Some((area.start, head));
-        } else if head != [0; 16] {
-            return Err(other("a control area without our mark"));
+    let other = |found: &str| {
+        FindError::Refused(Refused::OtherBridge {
+            found: found.to_owned(),
+        })
+    };
+    let mut strange = None;
+    for area in maps
+        .iter()
+        .filter(|m| m.name.strip_suffix(" (deleted)").unwrap_or(&m.name) == name)
+    {
+        match read_record(pid, start_time, area, memory)? {
+            Area::Record(manifest, slot) => {
+                return present(*manifest, slot, area.start, maps, memory).map(Some);
+            }
+            Area::Strange(what) => strange = Some(what),
+            // A patch that ended before its first record: nothing leads there.
+            Area::Empty => {}
         }
     }
-    let Some((control, head)) = found else { return Ok(None) };
+    strange.map_or(Ok(None), |what| Err(other(&what)))
+}
+
+/// What one control area holds.
+enum Area {
+    /// The mark is missing (it is written last), or no slot holds.
+    Empty,
+    /// A record of this worker, and its slot.
+    Record(Box<Manifest>, u8),
+    /// Something that is not for us.
+    Strange(String),
+}
+
+fn read_record(
+    pid: i32,
+    start_time: u64,
+    area: &Map,
+    memory: &dyn Memory,
+) -> Result<Area, SnapshotError> {
+    let strange = |what: &str| Ok(Area::Strange(what.to_owned()));
+    if area.end.saturating_sub(area.start) < size_of::<Control>() as u64 {
+        return strange("a control area of another size");
+    }
+    let control = area.start;
+    let mut head = [0_u8; 16];
+    memory.read(control, &mut head)?;
+    if head[..8] != MAGIC {
+        return Ok(Area::Empty);
+    }
     let version = u32::from_le_bytes([head[8], head[9], head[10], head[11]]);
     if version != BRIDGE_VERSION {
-        return Err(other(&format!("a bridge of version {version} (this agent's is {BRIDGE_VERSION})")));
+        return strange(&format!(
+            "a bridge of version {version} (this agent's is {BRIDGE_VERSION})"
+        ));
     }
     let slot = head[offset_of!(Control, manifest)];
-    if slot == 0 {
-        return Ok(None);
-    }
-    if slot > 2 {
-        return Err(other("a record in no slot"));
+    match slot {
+        0 => return Ok(Area::Empty),
+        1 | 2 => {}
+        _ => return strange("a record in no slot"),
     }
     let at = slot_address(control, slot);
     let mut sizes = [0_u8; 8];
     memory.read(at, &mut sizes)?;
     let len = u32::from_le_bytes([sizes[0], sizes[1], sizes[2], sizes[3]]) as usize;
     if len > MANIFEST_SLOT - 8 {
-        return Err(other("a record longer than its slot"));
+        return strange("a record longer than its slot");
     }
     let mut text = vec![0; len];
     memory.read(at + 8, &mut text)?;
     if crc32fast::hash(&text).to_le_bytes() != sizes[4..] {
-        return Err(other("a record whose checksum is wrong"));
+        return strange("a record whose checksum is wrong");
     }
-    let manifest: Manifest = serde_json::from_slice(&text).map_err(|e| other(&format!("a record that makes no sense ({e})")))?;
+    let manifest: Manifest = match serde_json::from_slice(&text) {
+        Ok(manifest) => manifest,
+        Err(error) => return strange(&format!("a record that makes no sense ({error})")),
+    };
     if manifest.pid != pid || manifest.start_time != start_time {
-        return Err(other(&format!("the record of worker {}, whose child it is", manifest.pid)));
+        return strange(&format!(
+            "the record of worker {}, whose child it is",
+            manifest.pid
+        ));
     }
+    Ok(Area::Record(Box::new(manifest), slot))
+}
+
+fn present(
+    manifest: Manifest,
+    slot: u8,
+    control: u64,
+    maps: &[Map],
+    memory: &dyn Memory,
+) -> Result<Present, FindError> {
+    let other = |found: &str| {
+        FindError::Refused(Refused::OtherBridge {
+            found: found.to_owned(),
+        })
+    };
     check(&manifest, control, maps).map_err(|what| other(&what))?;
     let mut live = Vec::new();
     for window in &manifest.windows {
@@ -251,7 +315,13 @@ pub fn find(pid: i32, start_time: u64, maps: &[Map], memory: &dyn Memory) -> Res
         memory.read(manifest.gate(graft), &mut byte)?;
         gates.push(byte[0] != 0);
     }
-    Ok(Some(Present { manifest, slot, live, states, gates }))
+    Ok(Present {
+        manifest,
+        slot,
+        live,
+        states,
+        gates,
+    })
 }
 
 /// Address of slot 1 or 2.
@@ -264,28 +334,52 @@ pub fn slot_address(control: u64, slot: u8) -> u64 {
 fn check(manifest: &Manifest, control: u64, maps: &[Map]) -> Result<(), String> {
     let ours = |start: u64, len: u64| {
         manifest.regions.iter().any(|r| {
-            start >= r.start && start.checked_add(len).is_some_and(|end| end <= r.start.saturating_add(r.len))
+            start >= r.start
+                && start
+                    .checked_add(len)
+                    .is_some_and(|end| end <= r.start.saturating_add(r.len))
         })
     };
     let mapped = |start: u64, len: u64, code: bool| {
-        maps.iter().any(|m| start >= m.start && start + len <= m.end && (!code || m.executable))
+        maps.iter()
+            .any(|m| start >= m.start && start + len <= m.end && (!code || m.executable))
     };
-    if manifest.control != control || !ours(manifest.worker, size_of::<nightgraft_bridge::abi::Worker>() as u64) {
+    if manifest.control != control
+        || !ours(
+            manifest.worker,
+            size_of::<nightgraft_bridge::abi::Worker>() as u64,
+        )
+    {
         return Err("a record that does not fit its place".into());
     }
     for w in &manifest.windows {
         let len = w.before.len() as u64;
         let sane = w.before.len() == w.after.len() && (5..=64).contains(&len);
-        if !sane || w.address > u64::MAX - 64 || ours(w.address, len) || !mapped(w.address, len, true) {
-            return Err(format!("a record of a window at {:#x}, which is no code", w.address));
+        if !sane
+            || w.address > u64::MAX - 64
+            || ours(w.address, len)
+            || !mapped(w.address, len, true)
+        {
+            return Err(format!(
+                "a record of a window at {:#x}, which is no code",
+                w.address
+            ));
         }
         if w.copies.iter().any(|(_, to)| !ours(*to, 1)) {
-            return Err(format!("a record of a stub outside of ours for {:#x}", w.address));
+            return Err(format!(
+                "a record of a stub outside of ours for {:#x}",
+                w.address
+            ));
         }
     }
     for g in &manifest.grafts {
-        if g.index.max(g.slot) >= nightgraft_bridge::abi::MAX_GRAFTS || !ours(g.graft, size_of::<Graft>() as u64) {
-            return Err(format!("a record of {} at {:#x}, which is not ours", g.callee, g.graft));
+        if g.index.max(g.slot) >= nightgraft_bridge::abi::MAX_GRAFTS
+            || !ours(g.graft, size_of::<Graft>() as u64)
+        {
+            return Err(format!(
+                "a record of {} at {:#x}, which is not ours",
+                g.callee, g.graft
+            ));
         }
     }
     Ok(())
@@ -334,8 +428,15 @@ mod tests {
             library: "/functions/libfoo.so".into(),
             control: 0x10_0000,
             worker: 0x20_0000,
-            bridge: BridgeAddresses { enter: 0x20_8000, hook: 0x20_8100, getenv: 0x20_8200 },
-            regions: vec![Region { start: 0x20_0000, len: 0x1_0000 }],
+            bridge: BridgeAddresses {
+                enter: 0x20_8000,
+                hook: 0x20_8100,
+                getenv: 0x20_8200,
+            },
+            regions: vec![Region {
+                start: 0x20_0000,
+                len: 0x1_0000,
+            }],
             windows: vec![WindowRecord {
                 address: 0x40_0010,
                 before: vec![0x49, 0x89, 0xe0, 0xff, 0x55, 0x08],
@@ -354,16 +455,30 @@ mod tests {
                 graft: 0x20_5000,
                 index: 0,
                 slot: 0,
-                image: Region { start: 0x20_a000, len: 0x1000 },
+                image: Region {
+                    start: 0x20_a000,
+                    len: 0x1000,
+                },
                 replaced: false,
             }],
         }
     }
 
     fn maps() -> Vec<Map> {
-        let map = |start, end, executable, name: &str| Map { start, end, writable: false, executable, name: name.into() };
+        let map = |start, end, executable, name: &str| Map {
+            start,
+            end,
+            writable: false,
+            executable,
+            name: name.into(),
+        };
         vec![
-            map(0x10_0000, 0x10_0000 + size_of::<Control>() as u64, false, "/memfd:nightgraft (deleted)"),
+            map(
+                0x10_0000,
+                0x10_0000 + size_of::<Control>() as u64,
+                false,
+                "/memfd:nightgraft (deleted)",
+            ),
             map(0x20_0000, 0x21_0000, true, ""),
             map(0x40_0000, 0x40_1000, true, "/functions/libfoo.so"),
         ]
@@ -404,6 +519,29 @@ mod tests {
         let mut newer = memory(&written);
         newer.put(0x10_0008, &9_u32.to_le_bytes());
         assert!(text(find(7, 99, &maps(), &newer)).contains("version 9"));
+    }
+
+    #[test]
+    fn a_dead_area_beside_the_living_one_is_passed_over() {
+        let written = manifest();
+        let mut m = memory(&written);
+        let mut all = maps();
+        for (at, magic) in [(0x8_0000_u64, &MAGIC[..]), (0x80_0000, &[0; 8])] {
+            let end = at + size_of::<Control>() as u64;
+            let name = "/memfd:nightgraft (deleted)".into();
+            all.push(Map {
+                start: at,
+                end,
+                writable: true,
+                executable: false,
+                name,
+            });
+            m.put(at, &[0; 16]);
+            m.put(at + 8, &BRIDGE_VERSION.to_le_bytes());
+            m.put(at, magic);
+        }
+        all.sort_by_key(|map| map.start);
+        assert_eq!(find(7, 99, &all, &m).unwrap().unwrap().manifest, written);
     }
 
     #[test]

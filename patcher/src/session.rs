@@ -39,10 +39,13 @@ pub enum Failure {
 impl From<SnapshotError> for Failure {
     fn from(error: SnapshotError) -> Failure {
         match error {
-            SnapshotError::Replaced { pid, path } => Failure::Refused(Refused::Replaced { path, pid }),
-            SnapshotError::Elf { path, source } => {
-                Failure::Refused(Refused::BrokenImage { library: path, reason: source.to_string() })
+            SnapshotError::Replaced { pid, path } => {
+                Failure::Refused(Refused::Replaced { path, pid })
             }
+            SnapshotError::Elf { path, source } => Failure::Refused(Refused::BrokenImage {
+                library: path,
+                reason: source.to_string(),
+            }),
             other => Failure::Snapshot(other),
         }
     }
@@ -91,9 +94,18 @@ impl Function<'_> {
 fn bridge() -> Result<Arc<Image>, Failure> {
     static PARSED: OnceLock<Result<Arc<Image>, String>> = OnceLock::new();
     PARSED
-        .get_or_init(|| Image::parse(BRIDGE.into()).map(Arc::new).map_err(|e| e.to_string()))
+        .get_or_init(|| {
+            Image::parse(BRIDGE.into())
+                .map(Arc::new)
+                .map_err(|e| e.to_string())
+        })
         .clone()
-        .map_err(|reason| Failure::Refused(Refused::BrokenImage { library: "the bridge".into(), reason }))
+        .map_err(|reason| {
+            Failure::Refused(Refused::BrokenImage {
+                library: "the bridge".into(),
+                reason,
+            })
+        })
 }
 
 /// Plans the fusing of `name` (whose worker is `callee`) into `caller`,
@@ -101,7 +113,11 @@ fn bridge() -> Result<Arc<Image>, Failure> {
 ///
 /// # Errors
 /// A refusal, or a worker that cannot be read.
-pub fn explain(caller: Function<'_>, callee: Function<'_>, name: &str) -> Result<PatchPlan, Failure> {
+pub fn explain(
+    caller: Function<'_>,
+    callee: Function<'_>,
+    name: &str,
+) -> Result<PatchPlan, Failure> {
     let callee = callee.read()?;
     planned(caller, &callee, name)
 }
@@ -180,12 +196,22 @@ pub fn read_status(worker: Function<'_>) -> Result<Option<WorkerStatus>, Failure
 /// # Errors
 /// See [`Failure`].
 pub fn set_gate(worker: Function<'_>, callee: &str, on: bool) -> Result<bool, Failure> {
-    let Some((present, _)) = present(worker)? else { return Ok(false) };
-    let Some(graft) = present.manifest.graft(callee) else { return Ok(false) };
+    let Some((present, _)) = present(worker)? else {
+        return Ok(false);
+    };
+    let Some(graft) = present.manifest.graft(callee) else {
+        return Ok(false);
+    };
     let process = ptrace_shim::Process::open(worker.pid).map_err(ApplyError::from)?;
+    if process.start_time() != worker.start_time {
+        return Err(Failure::Snapshot(SnapshotError::Gone { pid: worker.pid }));
+    }
     let memory = ptrace_shim::Memory::open(&process).map_err(ApplyError::from)?;
     memory
-        .write(ptrace_shim::Address(present.manifest.gate(graft)), &[u8::from(on)])
+        .write(
+            ptrace_shim::Address(present.manifest.gate(graft)),
+            &[u8::from(on)],
+        )
         .map_err(ApplyError::from)?;
     Ok(true)
 }

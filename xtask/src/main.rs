@@ -12,7 +12,12 @@ use run::{cargo, released};
 
 /// Everything that is done with this workspace.
 #[derive(Parser)]
-#[command(name = "cargo xtask", bin_name = "cargo xtask", version, arg_required_else_help = true)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    version,
+    arg_required_else_help = true
+)]
 struct Arguments {
     #[command(subcommand)]
     task: Task,
@@ -55,7 +60,12 @@ fn main() -> Result<()> {
         Task::Setup => setup::install(true),
         Task::Demo(passed) => {
             if !passed.asks_for_help() {
-                setup::install(passed.arguments.iter().any(|a| a.to_string_lossy().contains("docker")))?;
+                setup::install(
+                    passed
+                        .arguments
+                        .iter()
+                        .any(|a| a.to_string_lossy().contains("docker")),
+                )?;
             }
             released("demo", &passed.arguments)
         }
@@ -69,11 +79,24 @@ fn main() -> Result<()> {
             setup::install(true)?;
             // The end-to-end tests run the programs as they are installed.
             cargo(["build", "--workspace", "--bins"], [])?;
-            cargo(["test", "--workspace"], passed.arguments.iter().map(OsString::as_os_str))
+            cargo(
+                ["test", "--workspace"],
+                passed.arguments.iter().map(OsString::as_os_str),
+            )
         }
         Task::Lint => {
             cargo(["fmt", "--all", "--check"], [])?;
-            cargo(["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"], [])
+            cargo(
+                [
+                    "clippy",
+                    "--workspace",
+                    "--all-targets",
+                    "--",
+                    "--deny",
+                    "warnings",
+                ],
+                [],
+            )
         }
     }
 }

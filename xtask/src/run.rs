@@ -26,8 +26,12 @@ pub(crate) fn cargo<'a, const N: usize>(
 /// Builds everything optimised and runs one of the testbed's programs, which
 /// finds the others beside it.
 pub(crate) fn released(program: &str, arguments: &[OsString]) -> Result<()> {
-    cargo(["build", "--release", "--workspace", "--bins", "--quiet"], [])?;
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    cargo(
+        ["build", "--release", "--workspace", "--bins", "--quiet"],
+        [],
+    )?;
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     let mut command = Command::new(target.join("release").join(program));
     command.current_dir(root()).args(arguments);
     finish(command)
@@ -35,7 +39,9 @@ pub(crate) fn released(program: &str, arguments: &[OsString]) -> Result<()> {
 
 fn finish(mut command: Command) -> Result<()> {
     let name = command.get_program().to_string_lossy().into_owned();
-    let status = command.status().with_context(|| format!("{name} cannot be started"))?;
+    let status = command
+        .status()
+        .with_context(|| format!("{name} cannot be started"))?;
     ensure!(status.success(), "{name} failed ({status})");
     Ok(())
 }

@@ -8,8 +8,11 @@ use anyhow::{Context, Result, bail, ensure};
 type Needed = (&'static str, &'static str);
 
 /// For building functions in C.
-const BUILD: &[Needed] =
-    &[("gcc", "/usr/bin/gcc"), ("libc6-dev", "/usr/include/stdio.h"), ("clang", "/usr/bin/clang")];
+const BUILD: &[Needed] = &[
+    ("gcc", "/usr/bin/gcc"),
+    ("libc6-dev", "/usr/include/stdio.h"),
+    ("clang", "/usr/bin/clang"),
+];
 /// For tests and the demo with Docker.
 const DOCKER: &[Needed] = &[("docker.io", "/usr/sbin/dockerd")];
 
@@ -28,9 +31,14 @@ pub(crate) fn install(docker: bool) -> Result<()> {
     }
     let list = missing.join(" ");
     let by_hand = format!("install them by hand: apt-get install --no-install-recommends {list}");
-    ensure!(std::path::Path::new("/usr/bin/apt-get").exists(), "missing: {list}, and there is no apt-get; {by_hand}");
+    ensure!(
+        std::path::Path::new("/usr/bin/apt-get").exists(),
+        "missing: {list}, and there is no apt-get; {by_hand}"
+    );
     eprintln!("installing Debian packages that are missing: {list}");
-    apt(&["update"]).context("apt-get update").with_context(|| by_hand.clone())?;
+    apt(&["update"])
+        .context("apt-get update")
+        .with_context(|| by_hand.clone())?;
     let arguments = ["install", "--yes", "--no-install-recommends"];
     apt(&arguments.into_iter().chain(missing).collect::<Vec<_>>()).with_context(|| by_hand)
 }
@@ -43,7 +51,11 @@ fn apt(arguments: &[&str]) -> Result<()> {
         .output()
         .context("apt-get cannot be started")?;
     if !output.status.success() {
-        bail!("apt-get failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+        bail!(
+            "apt-get failed ({}): {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
     }
     Ok(())
 }

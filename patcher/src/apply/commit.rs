@@ -1,10 +1,14 @@
 //! The stop in which a worker's own code changes.
 
+use std::cell::Cell;
 use std::time::Instant;
 
-use ptrace_shim::{Address, Error, Memory, Process, Stop, StoppedProcess, Tid, WriteMethod, stop_all, where_threads_are};
+use ptrace_shim::{
+    Address, Error, Memory, Process, Stop, StoppedProcess, Tid, WriteMethod, stop_all,
+    where_threads_are,
+};
 
-use super::frames::{self, Span, Stack};
+use super::frames::{self, Interrupted, Span, Stack};
 use super::{ApplyError, Limits, options};
 use crate::elf::hex;
 use crate::manifest::WindowRecord;
@@ -21,19 +25,25 @@ pub(super) fn expect_bytes(process: &Process, plan: &PatchPlan) -> Result<(), Ap
     for window in &plan.windows {
         let live = memory.read_vec(Address(window.address), window.before.len())?;
         if live != window.before {
-            return Err(foreign(window, &live).into());
+            return Err(foreign(window.address, &window.before, &live).into());
         }
         one_go(&memory, window)?;
     }
     Ok(())
 }
 
-fn foreign(window: &WindowRecord, live: &[u8]) -> Refused {
-    Refused::ForeignBytes { at: window.address, expected: hex(&window.before), found: hex(live) }
+fn foreign(at: u64, expected: &[u8], live: &[u8]) -> Refused {
+    Refused::ForeignBytes {
+        at,
+        expected: hex(expected),
+        found: hex(live),
+    }
 }
 
 fn one_go(memory: &Memory, window: &WindowRecord) -> Result<(), ApplyError> {
-    if memory.write_method() == WriteMethod::PokeData && window.address / 8 != (window.end() - 1) / 8 {
+    if memory.write_method() == WriteMethod::PokeData
+        && window.address / 8 != (window.end() - 1) / 8
+    {
         return Err(Refused::NoWindow {
             library: String::new(),
             at: window.address,
@@ -42,14 +52,6 @@ fn one_go(memory: &Memory, window: &WindowRecord) -> Result<(), ApplyError> {
         .into());
     }
     Ok(())
-}
-
-/// Whether no window of the plan was written.
-pub(super) fn nothing_written(process: &Process, plan: &PatchPlan) -> bool {
-    let Ok(memory) = Memory::open(process) else { return false };
-    plan.windows.iter().all(|window| {
-        memory.read_vec(Address(window.address), window.before.len()).is_ok_and(|live| live == window.before)
-    })
 }
 
 /// Which way windows are written.
@@ -61,62 +63,105 @@ pub(super) enum Direction {
     Out,
 }
 
-/// Writes the plan's stores, gate and windows.
-pub(super) fn commit(process: &Process, plan: &PatchPlan, limits: &Limits) -> Result<Stop, ApplyError> {
-    let (_, stop) = at_a_safe_moment(process, &plan.windows, Direction::In, limits, |stopped| {
-        for window in &plan.windows {
-            let mut live = vec![0; window.before.len()];
-            stopped.memory().read(Address(window.address), &mut live)?;
-            if live != window.before {
-                return Err(foreign(window, &live).into());
+/// Writes the plan's stores, gate and windows. `touched` is set once anything
+/// of the worker's was changed.
+pub(super) fn commit(
+    process: &Process,
+    plan: &PatchPlan,
+    limits: &Limits,
+    touched: &Cell<bool>,
+) -> Result<Stop, ApplyError> {
+    at_a_safe_moment(
+        process,
+        &plan.windows,
+        Direction::In,
+        limits,
+        touched,
+        |stopped| {
+            for store in &plan.stores {
+                stopped
+                    .memory()
+                    .write(Address(store.address), &store.bytes)?;
             }
-        }
-        for store in &plan.stores {
-            stopped.memory().write(Address(store.address), &store.bytes)?;
-        }
-        stopped.memory().write(Address(plan.gate), &[1])?;
-        for window in &plan.windows {
-            stopped.write_code(Address(window.address), &window.after)?;
-        }
-        Ok(())
-    })?;
-    Ok(stop)
+            stopped.memory().write(Address(plan.gate), &[1])?;
+            for window in &plan.windows {
+                stopped.write_code(Address(window.address), &window.after)?;
+            }
+            Ok(())
+        },
+    )
 }
 
 /// Stops all threads at a moment when none is in the middle of a window, and
-/// runs `work`. A thread whose next instruction is there is moved.
-pub(super) fn at_a_safe_moment<T>(
+/// runs `work`. A thread whose next instruction is there is moved. The windows'
+/// bytes are checked first of all.
+pub(super) fn at_a_safe_moment(
     process: &Process,
     windows: &[WindowRecord],
     direction: Direction,
     limits: &Limits,
-    work: impl FnOnce(&mut StoppedProcess) -> Result<T, ApplyError>,
-) -> Result<(T, Stop), ApplyError> {
+    touched: &Cell<bool>,
+    work: impl FnOnce(&mut StoppedProcess) -> Result<(), ApplyError>,
+) -> Result<Stop, ApplyError> {
     let pid = process.pid().as_raw();
     let since = Instant::now();
     let spans: Vec<Span> = windows.iter().map(|w| (w.address, w.end())).collect();
     loop {
         wait_for_quiet(process, limits);
-        let maps: Vec<(u64, u64)> = process.mappings()?.iter().map(|m| (m.start.0, m.end.0)).collect();
+        let maps: Vec<(u64, u64)> = process
+            .mappings()?
+            .iter()
+            .map(|m| (m.start.0, m.end.0))
+            .collect();
         let reason = match stop_all(process, options(limits)) {
-            Ok(mut stopped) => match clear(&mut stopped, windows, &spans, &maps, direction)? {
-                None => {
-                    let result = work(&mut stopped)?;
-                    return Ok((result, stopped.resume()?));
+            Ok(mut stopped) => {
+                check_live(&stopped, windows, direction)?;
+                match find_moves(&stopped, windows, &spans, &maps, direction) {
+                    Ok(moves) => {
+                        touched.set(true);
+                        for (tid, to) in moves {
+                            move_thread(&mut stopped, tid, &to)?;
+                        }
+                        work(&mut stopped)?;
+                        return Ok(stopped.resume()?);
+                    }
+                    Err(reason) => {
+                        stopped.resume()?;
+                        reason
+                    }
                 }
-                Some(reason) => {
-                    stopped.resume()?;
-                    reason
-                }
-            },
+            }
             Err(error @ Error::Timeout { .. }) => error.to_string(),
             Err(other) => return Err(other.into()),
         };
         if since.elapsed() > limits.commit {
-            return Err(ApplyError::NoMoment { pid, waited: since.elapsed(), reason });
+            return Err(ApplyError::NoMoment {
+                pid,
+                waited: since.elapsed(),
+                reason,
+            });
         }
         std::thread::sleep(PAUSE);
     }
+}
+
+fn check_live(
+    stopped: &StoppedProcess,
+    windows: &[WindowRecord],
+    direction: Direction,
+) -> Result<(), ApplyError> {
+    for window in windows {
+        let expected = match direction {
+            Direction::In => &window.before,
+            Direction::Out => &window.after,
+        };
+        let mut live = vec![0; expected.len()];
+        stopped.memory().read(Address(window.address), &mut live)?;
+        if live != *expected {
+            return Err(foreign(window.address, expected, &live).into());
+        }
+    }
+    Ok(())
 }
 
 /// Prefers a moment when no thread would see the stop.
@@ -130,31 +175,44 @@ fn wait_for_quiet(process: &Process, limits: &Limits) {
     }
 }
 
-/// Moves threads out of windows. `Some` says why that could not be done.
-fn clear(
-    stopped: &mut StoppedProcess,
+/// Where threads must go that are in windows. An error says why this is no
+/// safe moment.
+fn find_moves(
+    stopped: &StoppedProcess,
     windows: &[WindowRecord],
     spans: &[Span],
     maps: &[(u64, u64)],
     direction: Direction,
-) -> Result<Option<String>, ApplyError> {
+) -> Result<Vec<(Tid, Move)>, String> {
     let mut moves = Vec::new();
+    let stack = Live {
+        memory: stopped.memory(),
+        maps,
+    };
     for (tid, registers) in stopped.threads() {
-        let stack = Live { memory: stopped.memory(), maps };
-        if frames::interrupted_inside(registers.rsp, &stack, spans) {
-            return Ok(Some(format!("a signal handler of thread {tid} interrupted a site")));
+        match frames::interrupted(registers.rsp, &stack, spans) {
+            Interrupted::Elsewhere => {}
+            Interrupted::Inside => {
+                return Err(format!(
+                    "a signal handler of thread {tid} interrupted a site"
+                ));
+            }
+            Interrupted::Unknown => {
+                return Err(format!("the stack of thread {tid} has just changed"));
+            }
         }
         if let Some(index) = frames::inside(registers.rip, spans) {
             match moved(&windows[index], registers.rip, registers.rsp, direction) {
                 Some(to) => moves.push((tid, to)),
-                None => return Ok(Some(format!("thread {tid} is inside of an instruction of a site"))),
+                None => {
+                    return Err(format!(
+                        "thread {tid} is inside of an instruction of a site"
+                    ));
+                }
             }
         }
     }
-    for (tid, Move { rip, rsp, push }) in moves {
-        move_thread(stopped, tid, rip, rsp, push)?;
-    }
-    Ok(None)
+    Ok(moves)
 }
 
 struct Move {
@@ -167,24 +225,34 @@ struct Move {
 fn moved(window: &WindowRecord, rip: u64, rsp: u64, direction: Direction) -> Option<Move> {
     match direction {
         // Only no-operations lie between the start and our branch.
-        Direction::Out => Some(Move { rip: window.address, rsp, push: None }),
+        Direction::Out => Some(Move {
+            rip: window.address,
+            rsp,
+            push: None,
+        }),
         Direction::In => {
             let offset = u8::try_from(rip - window.address).ok()?;
             let (_, copy) = window.copies.iter().find(|(from, _)| *from == offset)?;
             // The copies in a call's stub run with the return address pushed.
             let push = window.call.then(|| window.end());
-            Some(Move { rip: *copy, rsp: if window.call { rsp - 8 } else { rsp }, push })
+            Some(Move {
+                rip: *copy,
+                rsp: if window.call { rsp - 8 } else { rsp },
+                push,
+            })
         }
     }
 }
 
 /// The stack first: a thread that is not moved after all has lost nothing, as
 /// no instruction in a window uses what lies below the stack pointer.
-fn move_thread(stopped: &mut StoppedProcess, tid: Tid, rip: u64, rsp: u64, push: Option<u64>) -> Result<(), ApplyError> {
-    if let Some(address) = push {
-        stopped.memory().write(Address(rsp), &address.to_le_bytes())?;
+fn move_thread(stopped: &mut StoppedProcess, tid: Tid, to: &Move) -> Result<(), ApplyError> {
+    if let Some(address) = to.push {
+        stopped
+            .memory()
+            .write(Address(to.rsp), &address.to_le_bytes())?;
     }
-    stopped.set_instruction_and_stack_pointer(tid, Address(rip), Address(rsp))?;
+    stopped.set_instruction_and_stack_pointer(tid, Address(to.rip), Address(to.rsp))?;
     Ok(())
 }
 
@@ -200,7 +268,10 @@ impl Stack for Live<'_> {
 
     fn mapping_end(&self, address: u64) -> Option<u64> {
         let index = self.maps.partition_point(|(_, end)| *end <= address);
-        self.maps.get(index).filter(|(start, _)| *start <= address).map(|(_, end)| *end)
+        self.maps
+            .get(index)
+            .filter(|(start, _)| *start <= address)
+            .map(|(_, end)| *end)
     }
 }
 

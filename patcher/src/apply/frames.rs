@@ -18,8 +18,9 @@ const SAVED_RSP: u64 = 8 + 40 + 15 * 8;
 const SAVED_RIP: u64 = 8 + 40 + 16 * 8;
 /// `mov rax, 15; syscall`: what every C library's restorer is.
 const RESTORER: [u8; 9] = [0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05];
-/// Most bytes of one stack that are looked through in a stop.
-const MOST: u64 = 1 << 20;
+/// Most bytes of one stack that are looked through in a stop: more than any
+/// stack in practice has in use.
+const MOST: u64 = 64 << 20;
 /// Most stacks of one thread (each signal frame can lead to another).
 const STACKS: usize = 8;
 
@@ -36,12 +37,26 @@ pub(super) type Span = (u64, u64);
 
 /// Whether `address` is strictly inside one of the spans.
 pub(super) fn inside(address: u64, spans: &[Span]) -> Option<usize> {
-    spans.iter().position(|(start, end)| address > *start && address < *end)
+    spans
+        .iter()
+        .position(|(start, end)| address > *start && address < *end)
+}
+
+/// What a thread's signal frames say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Interrupted {
+    /// None returns into a span.
+    Elsewhere,
+    /// One returns strictly into a span.
+    Inside,
+    /// A stack could not be looked through: it was mapped or has grown since
+    /// the mappings were read.
+    Unknown,
 }
 
 /// Whether a signal frame on any of the thread's stacks will return strictly
 /// into one of the spans.
-pub(super) fn interrupted_inside(rsp: u64, stack: &dyn Stack, spans: &[Span]) -> bool {
+pub(super) fn interrupted(rsp: u64, stack: &dyn Stack, spans: &[Span]) -> Interrupted {
     // A signal frame may lie anywhere above the red zone.
     let mut queue = vec![rsp];
     let mut seen: Vec<(u64, u64)> = Vec::new();
@@ -50,11 +65,13 @@ pub(super) fn interrupted_inside(rsp: u64, stack: &dyn Stack, spans: &[Span]) ->
             continue;
         }
         let from = from & !7;
-        let Some(end) = stack.mapping_end(from) else { continue };
+        let Some(end) = stack.mapping_end(from) else {
+            return Interrupted::Unknown;
+        };
         let len = (end - from).min(MOST);
         let mut bytes = vec![0; len as usize];
         if !stack.read(from, &mut bytes) {
-            continue;
+            return Interrupted::Unknown;
         }
         seen.push((from, from + len));
         let word = |offset: u64| {
@@ -62,7 +79,9 @@ pub(super) fn interrupted_inside(rsp: u64, stack: &dyn Stack, spans: &[Span]) ->
             Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
         };
         for offset in (0..len.saturating_sub(SAVED_RIP)).step_by(8) {
-            let (Some(pretcode), Some(rip)) = (word(offset), word(offset + SAVED_RIP)) else { break };
+            let (Some(pretcode), Some(rip)) = (word(offset), word(offset + SAVED_RIP)) else {
+                break;
+            };
             // Cheap tests first: a frame's restorer is code, far from zero.
             if pretcode < 0x1000 || pretcode >= 1 << 47 {
                 continue;
@@ -75,13 +94,13 @@ pub(super) fn interrupted_inside(rsp: u64, stack: &dyn Stack, spans: &[Span]) ->
                 && stack.mapping_end(rip).is_some();
             if (hit || elsewhere) && is_restorer(pretcode, stack) {
                 if hit {
-                    return true;
+                    return Interrupted::Inside;
                 }
                 queue.push(saved_rsp);
             }
         }
     }
-    false
+    Interrupted::Elsewhere
 }
 
 fn is_restorer(address: u64, stack: &dyn Stack) -> bool {
@@ -97,7 +116,11 @@ mod tests {
 
     impl Fake {
         fn put(&mut self, address: u64, value: u64) {
-            let (start, bytes) = self.0.iter_mut().find(|(s, b)| (*s..*s + b.len() as u64).contains(&address)).unwrap();
+            let (start, bytes) = self
+                .0
+                .iter_mut()
+                .find(|(s, b)| (*s..*s + b.len() as u64).contains(&address))
+                .unwrap();
             let at = (address - *start) as usize;
             bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
         }
@@ -105,17 +128,26 @@ mod tests {
 
     impl Stack for Fake {
         fn read(&self, address: u64, into: &mut [u8]) -> bool {
-            let Some((start, bytes)) = self.0.iter().find(|(s, b)| (*s..*s + b.len() as u64).contains(&address)) else {
+            let Some((start, bytes)) = self
+                .0
+                .iter()
+                .find(|(s, b)| (*s..*s + b.len() as u64).contains(&address))
+            else {
                 return false;
             };
             let at = (address - start) as usize;
-            let Some(from) = bytes.get(at..at + into.len()) else { return false };
+            let Some(from) = bytes.get(at..at + into.len()) else {
+                return false;
+            };
             into.copy_from_slice(from);
             true
         }
 
         fn mapping_end(&self, address: u64) -> Option<u64> {
-            let (start, bytes) = self.0.iter().find(|(s, b)| (*s..*s + b.len() as u64).contains(&address))?;
+            let (start, bytes) = self
+                .0
+                .iter()
+                .find(|(s, b)| (*s..*s + b.len() as u64).contains(&address))?;
             Some(start + bytes.len() as u64)
         }
     }
@@ -150,9 +182,18 @@ mod tests {
     fn a_signal_frame_that_returns_into_the_middle_is_found() {
         let mut m = memory();
         frame(&mut m, 0x7000_0800, 0x40_0013, 0x7000_2000);
-        assert!(interrupted_inside(0x7000_0100, &m, &SPANS));
+        assert_eq!(interrupted(0x7000_0100, &m, &SPANS), Interrupted::Inside);
         frame(&mut m, 0x7000_0800, 0x40_0010, 0x7000_2000);
-        assert!(!interrupted_inside(0x7000_0100, &m, &SPANS), "its start is no harm");
+        assert_eq!(
+            interrupted(0x7000_0100, &m, &SPANS),
+            Interrupted::Elsewhere,
+            "its start is no harm"
+        );
+        assert_eq!(
+            interrupted(0x1000, &m, &SPANS),
+            Interrupted::Unknown,
+            "no known stack"
+        );
     }
 
     #[test]
@@ -160,7 +201,7 @@ mod tests {
         let mut m = memory();
         frame(&mut m, 0x6000_0800, 0x40_0040, 0x7000_1000);
         frame(&mut m, 0x7000_1100, 0x40_0013, 0x7000_2000);
-        assert!(interrupted_inside(0x6000_0400, &m, &SPANS));
+        assert_eq!(interrupted(0x6000_0400, &m, &SPANS), Interrupted::Inside);
     }
 
     #[test]
@@ -168,6 +209,6 @@ mod tests {
         let mut m = memory();
         m.put(0x7000_0900, 0x40_0013);
         m.put(0x7000_0900 - SAVED_RIP, 0x40_0040); // code, but no restorer
-        assert!(!interrupted_inside(0x7000_0100, &m, &SPANS));
+        assert_eq!(interrupted(0x7000_0100, &m, &SPANS), Interrupted::Elsewhere);
     }
 }

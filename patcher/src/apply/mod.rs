@@ -17,6 +17,7 @@ mod frames;
 mod prepare;
 mod revert;
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use ptrace_shim::{Process, StopOptions};
@@ -122,16 +123,16 @@ pub fn apply(plan: &PatchPlan, limits: &Limits) -> Result<PatchReceipt, ApplyErr
         let mut disturbed = Vec::new();
         commit::expect_bytes(&process, plan)?;
         if let Some(mapping) = &plan.mapping {
-            let undo = prepare::prepare(&process, plan, mapping, limits, &mut stops, &mut disturbed)?;
+            let undo =
+                prepare::prepare(&process, plan, mapping, limits, &mut stops, &mut disturbed)?;
             let written = prepare::record(&process, plan);
-            let committed = written.and_then(|()| commit::commit(&process, plan, limits));
+            let touched = Cell::new(false);
+            let committed = written.and_then(|()| commit::commit(&process, plan, limits, &touched));
             match committed {
                 Ok(stop) => return finish(plan, &process, stop, stops, disturbed),
                 Err(failure) => {
-                    // Windows are written last and all at once: if the commit
-                    // failed, none is, and nothing leads to the mapping. The
-                    // record goes back first.
-                    if commit::nothing_written(&process, plan) {
+                    // Only while nothing can lead to the mapping.
+                    if !touched.get() {
                         prepare::take_back(&process, plan, undo, limits);
                     }
                     return Err(failure);
@@ -139,7 +140,7 @@ pub fn apply(plan: &PatchPlan, limits: &Limits) -> Result<PatchReceipt, ApplyErr
             }
         }
         prepare::record(&process, plan)?;
-        let stop = commit::commit(&process, plan, limits)?;
+        let stop = commit::commit(&process, plan, limits, &Cell::new(false))?;
         finish(plan, &process, stop, stops, disturbed)
     })
 }
@@ -172,7 +173,13 @@ fn finish(
         .filter(|w| !w.entry)
         .map(|window| prove(process, window, &window.after))
         .collect::<Result<_, _>>()?;
-    Ok(PatchReceipt { sites, commit_stop_ns, stops_ns: stops, disturbed, ..receipt(plan, false) })
+    Ok(PatchReceipt {
+        sites,
+        commit_stop_ns,
+        stops_ns: stops,
+        disturbed,
+        ..receipt(plan, false)
+    })
 }
 
 /// Reads a window back.
@@ -184,11 +191,18 @@ fn prove(
     let memory = ptrace_shim::Memory::open(process)?;
     let live = memory.read_vec(window.address.into(), window.before.len())?;
     if live != expected {
-        return Err(ApplyError::Unproven { pid: process.pid().as_raw(), at: window.address });
+        return Err(ApplyError::Unproven {
+            pid: process.pid().as_raw(),
+            at: window.address,
+        });
     }
     Ok(SiteProof {
         address: window.address,
-        before: crate::elf::hex(if expected == window.after { &window.before } else { &window.after }),
+        before: crate::elf::hex(if expected == window.after {
+            &window.before
+        } else {
+            &window.after
+        }),
         live: crate::elf::hex(&live),
     })
 }
@@ -202,7 +216,10 @@ fn open(pid: i32, start_time: u64) -> Result<Process, ApplyError> {
 }
 
 fn options(limits: &Limits) -> StopOptions {
-    StopOptions { deadline: limits.stop, ..StopOptions::default() }
+    StopOptions {
+        deadline: limits.stop,
+        ..StopOptions::default()
+    }
 }
 
 fn nanoseconds(duration: Duration) -> u64 {
@@ -210,11 +227,16 @@ fn nanoseconds(duration: Duration) -> u64 {
 }
 
 fn disturbance(d: &ptrace_shim::Disturbed) -> Disturbed {
-    Disturbed { tid: d.tid.as_raw(), syscall: ptrace_shim::syscall_name(d.nr).to_owned() }
+    Disturbed {
+        tid: d.tid.as_raw(),
+        syscall: ptrace_shim::syscall_name(d.nr).to_owned(),
+    }
 }
 
 /// ptrace ties tracees to the OS thread that attached; see
 /// [`ptrace_shim::tracer_thread`].
-fn on_tracer_thread<T: Send>(work: impl FnOnce() -> Result<T, ApplyError> + Send) -> Result<T, ApplyError> {
+fn on_tracer_thread<T: Send>(
+    work: impl FnOnce() -> Result<T, ApplyError> + Send,
+) -> Result<T, ApplyError> {
     ptrace_shim::tracer_thread(|| Ok(work()))?
 }

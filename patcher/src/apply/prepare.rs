@@ -1,10 +1,13 @@
 //! Mapping and filling: everything before the worker's own code is touched.
 
+use std::mem::offset_of;
 use std::time::{Duration, Instant};
 
 use nightgraft_bridge::abi::{BRIDGE_VERSION, CONTROL_NAME, Control, MAGIC};
 use nix::errno::Errno;
-use ptrace_shim::{Address, Borrowed, Error, Gadgets, Memory, Process, StopOptions, StoppedThread, stop_thread};
+use ptrace_shim::{
+    Address, Borrowed, Error, Gadgets, Memory, Process, StopOptions, StoppedThread, stop_thread,
+};
 
 use super::{ApplyError, Limits, disturbance, nanoseconds, options};
 use crate::manifest::slot_address;
@@ -50,9 +53,14 @@ pub(super) fn take_back(process: &Process, plan: &PatchPlan, undo: Undo, limits:
     let unrecorded = unrecord(process, plan);
     let (mut stops, mut disturbed) = (Vec::new(), Vec::new());
     let result = unrecorded.and_then(|()| {
-        with_borrowed(process, &undo.gadgets, limits, &mut stops, &mut disturbed, |borrowed| {
-            unmap(borrowed, plan.pid, mapping)
-        })
+        with_borrowed(
+            process,
+            &undo.gadgets,
+            limits,
+            &mut stops,
+            &mut disturbed,
+            |borrowed| unmap(borrowed, plan.pid, mapping),
+        )
     });
     if let Err(error) = result {
         tracing::warn!(pid = plan.pid, %error, bytes = mapping.reservation.len, "unused memory stays in the worker");
@@ -78,7 +86,11 @@ fn with_borrowed(
             Err(Error::NotBorrowable { reason, .. }) => {
                 if since.elapsed() > limits.commit {
                     let reason = reason.to_string();
-                    return Err(ApplyError::NoMoment { pid: process.pid().as_raw(), waited: since.elapsed(), reason });
+                    return Err(ApplyError::NoMoment {
+                        pid: process.pid().as_raw(),
+                        waited: since.elapsed(),
+                        reason,
+                    });
                 }
                 std::thread::sleep(Duration::from_millis(1));
             }
@@ -99,12 +111,30 @@ const NONE: u64 = u64::MAX; // no descriptor: -1
 
 fn map(borrowed: &mut Borrowed, pid: i32, mapping: &Mapping) -> Result<(), ApplyError> {
     let whole = mapping.reservation;
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE | libc::MAP_NORESERVE;
-    let at = mmap(borrowed, pid, whole.start, whole.len, Access::Read, flags, NONE)?;
+    let flags =
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE | libc::MAP_NORESERVE;
+    let at = mmap(
+        borrowed,
+        pid,
+        whole.start,
+        whole.len,
+        Access::Read,
+        flags,
+        NONE,
+    )?;
     if at != whole.start {
         // A kernel before 4.17 takes the address for a hint.
-        let _ = call(borrowed, pid, "munmap", libc::SYS_munmap, [at, whole.len, 0, 0, 0, 0]);
-        return Err(ApplyError::Occupied { pid, at: whole.start });
+        let _ = call(
+            borrowed,
+            pid,
+            "munmap",
+            libc::SYS_munmap,
+            [at, whole.len, 0, 0, 0, 0],
+        );
+        return Err(ApplyError::Occupied {
+            pid,
+            at: whole.start,
+        });
     }
     let result = map_parts(borrowed, pid, mapping);
     if result.is_err() {
@@ -116,29 +146,61 @@ fn map(borrowed: &mut Borrowed, pid: i32, mapping: &Mapping) -> Result<(), Apply
 fn map_parts(borrowed: &mut Borrowed, pid: i32, mapping: &Mapping) -> Result<(), ApplyError> {
     let fixed = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
     for part in mapping.parts.iter().filter(|p| p.access != Access::Read) {
-        mmap(borrowed, pid, part.start, part.len, part.access, fixed, NONE)?;
+        mmap(
+            borrowed,
+            pid,
+            part.start,
+            part.len,
+            part.access,
+            fixed,
+            NONE,
+        )?;
     }
-    let Some(control) = mapping.control else { return Ok(()) };
+    let Some(control) = mapping.control else {
+        return Ok(());
+    };
     let name: Vec<u8> = CONTROL_NAME.bytes().chain([0]).collect();
     let name = borrowed.put(0, &name)?;
-    let fd = call(borrowed, pid, "memfd_create", libc::SYS_memfd_create, [
-        name.0,
-        u64::from(libc::MFD_CLOEXEC),
-        0,
-        0,
-        0,
-        0,
-    ])?;
+    let fd = call(
+        borrowed,
+        pid,
+        "memfd_create",
+        libc::SYS_memfd_create,
+        [name.0, u64::from(libc::MFD_CLOEXEC), 0, 0, 0, 0],
+    )?;
     let shared = libc::MAP_SHARED | libc::MAP_FIXED;
-    let mapped = call(borrowed, pid, "ftruncate", libc::SYS_ftruncate, [fd, control.len, 0, 0, 0, 0])
-        .and_then(|_| mmap(borrowed, pid, control.start, control.len, Access::ReadWrite, shared, fd));
+    let mapped = call(
+        borrowed,
+        pid,
+        "ftruncate",
+        libc::SYS_ftruncate,
+        [fd, control.len, 0, 0, 0, 0],
+    )
+    .and_then(|_| {
+        mmap(
+            borrowed,
+            pid,
+            control.start,
+            control.len,
+            Access::ReadWrite,
+            shared,
+            fd,
+        )
+    });
     call(borrowed, pid, "close", libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
     mapped.map(|_| ())
 }
 
 fn unmap(borrowed: &mut Borrowed, pid: i32, mapping: &Mapping) -> Result<(), ApplyError> {
     let whole = mapping.reservation;
-    call(borrowed, pid, "munmap", libc::SYS_munmap, [whole.start, whole.len, 0, 0, 0, 0]).map(|_| ())
+    call(
+        borrowed,
+        pid,
+        "munmap",
+        libc::SYS_munmap,
+        [whole.start, whole.len, 0, 0, 0, 0],
+    )
+    .map(|_| ())
 }
 
 fn mmap(
@@ -157,7 +219,10 @@ fn mmap(
     };
     let arguments = [start, len, protection as u64, flags as u64, fd, 0];
     match call(borrowed, pid, "mmap", libc::SYS_mmap, arguments) {
-        Err(ApplyError::Call { errno: Errno::EEXIST, .. }) => Err(ApplyError::Occupied { pid, at: start }),
+        Err(ApplyError::Call {
+            errno: Errno::EEXIST,
+            ..
+        }) => Err(ApplyError::Occupied { pid, at: start }),
         other => other,
     }
 }
@@ -169,7 +234,13 @@ fn call(
     nr: libc::c_long,
     arguments: [u64; 6],
 ) -> Result<u64, ApplyError> {
-    borrowed.syscall(nr, arguments)?.map_err(|errno| ApplyError::Call { pid, call: name, errno })
+    borrowed
+        .syscall(nr, arguments)?
+        .map_err(|errno| ApplyError::Call {
+            pid,
+            call: name,
+            errno,
+        })
 }
 
 /// Writes the parts while the worker runs: nothing leads to them yet.
@@ -201,7 +272,10 @@ fn fill(
         memory.write(Address(field), &thread_pointer.to_le_bytes())?;
     }
     let field = |part: &crate::plan::Part| {
-        mapping.thread_field.filter(|f| (part.start..part.start + part.len).contains(f)).map(|f| (f - part.start) as usize)
+        mapping
+            .thread_field
+            .filter(|f| (part.start..part.start + part.len).contains(f))
+            .map(|f| (f - part.start) as usize)
     };
     for part in mapping.parts.iter().filter(|p| !p.bytes.is_empty()) {
         let mut expected = part.bytes.clone();
@@ -209,35 +283,53 @@ fn fill(
             expected[at..at + 8].copy_from_slice(&thread_pointer.to_le_bytes());
         }
         if memory.read_vec(Address(part.start), expected.len())? != expected {
-            return Err(ApplyError::Unproven { pid, at: part.start });
+            return Err(ApplyError::Unproven {
+                pid,
+                at: part.start,
+            });
         }
     }
     Ok(())
 }
 
 /// Writes the record: first the slot that does not hold, then the byte that
-/// says which does.
+/// says which does; the mark of a new area last of all, as nobody looks at an
+/// area without it.
 pub(super) fn record(process: &Process, plan: &PatchPlan) -> Result<(), ApplyError> {
     let memory = Memory::open(process)?;
     let control = plan.manifest.control;
-    memory.write(Address(slot_address(control, plan.slot)), &plan.manifest.encode()?)?;
-    if plan.mapping.as_ref().is_some_and(|m| m.control.is_some()) {
-        let worker = control + std::mem::offset_of!(Control, worker) as u64;
-        memory.write(Address(worker), &plan.manifest.worker.to_le_bytes())?;
-        let version = control + std::mem::offset_of!(Control, version) as u64;
-        memory.write(Address(version), &BRIDGE_VERSION.to_le_bytes())?;
+    let field = |offset: usize| Address(control + offset as u64);
+    let fresh = plan.mapping.as_ref().is_some_and(|m| m.control.is_some());
+    memory.write(
+        Address(slot_address(control, plan.slot)),
+        &plan.manifest.encode()?,
+    )?;
+    if fresh {
+        memory.write(
+            field(offset_of!(Control, worker)),
+            &plan.manifest.worker.to_le_bytes(),
+        )?;
+        memory.write(
+            field(offset_of!(Control, version)),
+            &BRIDGE_VERSION.to_le_bytes(),
+        )?;
+    }
+    memory.write(field(offset_of!(Control, manifest)), &[plan.slot])?;
+    if fresh {
         memory.write(Address(control), &MAGIC)?;
     }
-    let which = control + std::mem::offset_of!(Control, manifest) as u64;
-    memory.write(Address(which), &[plan.slot])?;
     Ok(())
 }
 
-/// The record of before holds again.
+/// The record of before holds again, or none.
 fn unrecord(process: &Process, plan: &PatchPlan) -> Result<(), ApplyError> {
     let fresh = plan.mapping.as_ref().is_some_and(|m| m.control.is_some());
-    let which = plan.manifest.control + std::mem::offset_of!(Control, manifest) as u64;
-    let before = if fresh { 0 } else { 3 - plan.slot };
-    Memory::open(process)?.write(Address(which), &[before])?;
+    let memory = Memory::open(process)?;
+    if fresh {
+        memory.write(Address(plan.manifest.control), &[0; 8])?;
+    } else {
+        let which = plan.manifest.control + offset_of!(Control, manifest) as u64;
+        memory.write(Address(which), &[3 - plan.slot])?;
+    }
     Ok(())
 }

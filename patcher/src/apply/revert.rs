@@ -1,13 +1,13 @@
 //! The way back: the gate at once, the bytes when no thread is in them. The
 //! image stays for the next patch.
 
+use std::cell::Cell;
+
 use ptrace_shim::{Address, Memory, Process};
 
 use super::commit::{Direction, at_a_safe_moment};
 use super::{ApplyError, Limits, disturbance, nanoseconds, on_tracer_thread, open, prove};
-use crate::elf::hex;
 use crate::manifest::{Present, WindowRecord};
-use crate::refused::Refused;
 use crate::report::RevertReceipt;
 
 /// Reverts `callee` in the worker that `present` was read from.
@@ -15,7 +15,11 @@ use crate::report::RevertReceipt;
 /// # Errors
 /// The worker is gone or cannot be written. That the bytes could not be
 /// restored in time is no error: the gate is off, and the receipt says why.
-pub fn revert(present: &Present, callee: &str, limits: &Limits) -> Result<RevertReceipt, ApplyError> {
+pub fn revert(
+    present: &Present,
+    callee: &str,
+    limits: &Limits,
+) -> Result<RevertReceipt, ApplyError> {
     let manifest = &present.manifest;
     let mut receipt = RevertReceipt {
         pid: manifest.pid,
@@ -26,25 +30,35 @@ pub fn revert(present: &Present, callee: &str, limits: &Limits) -> Result<Revert
         stops_ns: Vec::new(),
         disturbed: Vec::new(),
     };
-    let Some(graft) = manifest.graft(callee) else {
-        return Ok(RevertReceipt { nothing: true, ..receipt });
-    };
     let windows = windows(present, callee);
-    let index = manifest.grafts.iter().position(|g| g == graft).unwrap_or_default();
-    if windows.is_empty() && !present.gates[index] {
-        return Ok(RevertReceipt { nothing: true, ..receipt });
+    let open_gate = manifest
+        .grafts
+        .iter()
+        .zip(&present.gates)
+        .any(|(g, on)| *on && g.callee == callee);
+    if windows.is_empty() && !open_gate {
+        return Ok(RevertReceipt {
+            nothing: true,
+            ..receipt
+        });
     }
     on_tracer_thread(|| {
         let process = open(manifest.pid, manifest.start_time)?;
         let memory = Memory::open(&process)?;
-        memory.write(Address(manifest.gate(graft)), &[0])?;
+        // Those of older images too: an agent that died while it replaced one
+        // left it open.
+        for graft in manifest.grafts.iter().filter(|g| g.callee == callee) {
+            memory.write(Address(manifest.gate(graft)), &[0])?;
+        }
         if windows.is_empty() {
             return Ok(receipt);
         }
         match restore(&process, &windows, limits) {
             Ok(stop) => {
                 receipt.stops_ns.push(nanoseconds(stop.duration));
-                receipt.disturbed.extend(stop.disturbed.iter().map(disturbance));
+                receipt
+                    .disturbed
+                    .extend(stop.disturbed.iter().map(disturbance));
                 receipt.sites = windows
                     .iter()
                     .filter(|w| !w.entry)
@@ -61,22 +75,24 @@ pub fn revert(present: &Present, callee: &str, limits: &Limits) -> Result<Revert
     })
 }
 
-fn restore(process: &Process, windows: &[WindowRecord], limits: &Limits) -> Result<ptrace_shim::Stop, ApplyError> {
-    let (_, stop) = at_a_safe_moment(process, windows, Direction::Out, limits, |stopped| {
-        for window in windows {
-            let mut live = vec![0; window.after.len()];
-            stopped.memory().read(Address(window.address), &mut live)?;
-            if live != window.after {
-                let (expected, found) = (hex(&window.after), hex(&live));
-                return Err(Refused::ForeignBytes { at: window.address, expected, found }.into());
+fn restore(
+    process: &Process,
+    windows: &[WindowRecord],
+    limits: &Limits,
+) -> Result<ptrace_shim::Stop, ApplyError> {
+    at_a_safe_moment(
+        process,
+        windows,
+        Direction::Out,
+        limits,
+        &Cell::new(false),
+        |stopped| {
+            for window in windows {
+                stopped.write_code(Address(window.address), &window.before)?;
             }
-        }
-        for window in windows {
-            stopped.write_code(Address(window.address), &window.before)?;
-        }
-        Ok(())
-    })?;
-    Ok(stop)
+            Ok(())
+        },
+    )
 }
 
 /// The windows in place that no other open edge needs: sites first, the entry
@@ -99,9 +115,17 @@ fn windows(present: &Present, callee: &str) -> Vec<WindowRecord> {
         .filter(|w| !w.entry && w.names.iter().any(|n| n == callee) && !needed(w))
         .cloned()
         .collect();
-    let some_site_stays = all.iter().map(|i| &manifest.windows[*i]).any(|w| !w.entry && !out.contains(w));
+    let some_site_stays = all
+        .iter()
+        .map(|i| &manifest.windows[*i])
+        .any(|w| !w.entry && !out.contains(w));
     if !some_site_stays {
-        out.extend(all.iter().map(|i| &manifest.windows[*i]).filter(|w| w.entry).cloned());
+        out.extend(
+            all.iter()
+                .map(|i| &manifest.windows[*i])
+                .filter(|w| w.entry)
+                .cloned(),
+        );
     }
     out
 }

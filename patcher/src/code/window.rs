@@ -160,6 +160,15 @@ pub enum NoWindow {
         /// The relocation's place.
         at: ImageAddress,
     },
+    /// The library enters its own function by a jump: such an entry can't be
+    /// told from the worker's, as it brings no return address of its own.
+    #[error("the library itself jumps to {at} from {from}")]
+    Reentered {
+        /// The function.
+        at: ImageAddress,
+        /// The jump.
+        from: ImageAddress,
+    },
     /// Another window of the library covers some of the bytes.
     #[error("the window from {start} overlaps the one from {other}")]
     Overlap {
@@ -183,6 +192,7 @@ impl NoWindow {
             NoWindow::Operand { .. } => "operand",
             NoWindow::Page { .. } => "page",
             NoWindow::Relocated { .. } => "relocated",
+            NoWindow::Reentered { .. } => "reentered",
             NoWindow::Overlap { .. } => "overlap",
         }
     }
@@ -301,6 +311,12 @@ pub(super) fn of_entry(code: &Code<'_>, name: &str) -> Result<Window, NoWindow> 
     let function = symbol.ok_or_else(missing)?.at;
     let extent = index_of(code.extents, function).ok_or_else(missing)?;
     let all = decode(code.image, function, code.extents[extent].end);
+    if let Some(from) = jump_to(code, function, &all) {
+        return Err(NoWindow::Reentered {
+            at: ImageAddress(function),
+            from: ImageAddress(from),
+        });
+    }
     let mut rest = all.iter().peekable();
     let mut start = function;
     while let Some(i) = rest.next_if(|i| i.mnemonic() == Mnemonic::Endbr64) {
@@ -346,6 +362,33 @@ pub(super) fn of_entry(code: &Code<'_>, name: &str) -> Result<Window, NoWindow> 
         kind: WindowKind::Entry,
         target: Target::Next,
         branch: branch as u8,
+    })
+}
+
+/// A jump (not a call) to the start of `function`, from within or from
+/// elsewhere. `all` are the function's instructions.
+fn jump_to(code: &Code<'_>, function: u64, all: &[Instruction]) -> Option<u64> {
+    const CALL: u8 = 0xe8;
+    // Behind the `endbr64` is as good as its start.
+    let entry = function..=function + 4;
+    let within = all.iter().find(|i| {
+        matches!(
+            i.flow_control(),
+            FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch
+        ) && entry.contains(&i.near_branch_target())
+    });
+    within.map(Instruction::ip).or_else(|| {
+        let references = code.labels.references.iter();
+        references
+            .filter(|(to, from)| {
+                entry.contains(to)
+                    && code
+                        .image
+                        .bytes(*from, *from + 1)
+                        .is_none_or(|b| b != [CALL])
+            })
+            .map(|(_, from)| *from)
+            .next()
     })
 }
 

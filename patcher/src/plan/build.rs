@@ -19,11 +19,12 @@ const PAGE: u64 = 4096;
 const STUB: u64 = 512;
 /// Room for an image's `getenv` thunk.
 const THUNK: u64 = 32;
-/// Most bytes that a worker's output arena may map.
+/// Outputs and copies of inputs may take so many bytes in a worker before
+/// calls take the RPC; half of what its memory limit leaves if that is less.
 const ARENA_BUDGET: u64 = 256 << 20;
-/// Stack that a callee is given at least: half of what nightcore's workers
-/// have by default.
-const STACK: u64 = 4 << 20;
+/// Stack that a callee is given at least, where the worker's limit is the
+/// usual 8 MiB: nearly what it has in a worker of its own.
+const STACK: u64 = 7 << 20;
 /// `RLIMIT_STACK` where there is none: what mmap leaves below the stack is
 /// more.
 const UNLIMITED_STACK: u64 = 8 << 20;
@@ -55,19 +56,52 @@ pub fn plan(input: &Input<'_>) -> Result<PatchPlan, Refused> {
     let callee = input.callee.function();
     load::check(&callee.path, &callee.image)?;
     let sites = usable_sites(input)?;
-    let entry = input.code.entry_window("faas_func_call").map_err(|reason| Refused::NoEntryWindow {
-        library: input.caller.function().path.clone(),
-        reason: reason.to_string(),
-    })?;
+    let entry = input
+        .code
+        .entry_window("faas_func_call")
+        .map_err(|reason| Refused::NoEntryWindow {
+            library: input.caller.function().path.clone(),
+            reason: reason.to_string(),
+        })?;
+    refuse_reentry(input.caller.function())?;
     let build_id = identity(&callee.image);
     let reused = input.present.and_then(|present| {
-        let index = present.manifest.grafts.iter().position(|g| !g.replaced && g.callee == input.name)?;
-        (present.manifest.grafts[index].build_id == build_id && !present.failed(index)).then_some(index)
+        let index = present
+            .manifest
+            .grafts
+            .iter()
+            .position(|g| !g.replaced && g.callee == input.name)?;
+        (present.manifest.grafts[index].build_id == build_id && !present.failed(index))
+            .then_some(index)
     });
     match (input.present, reused) {
         (Some(present), Some(index)) => again(input, present, index, &sites),
         _ => fresh(input, &sites, &entry, build_id),
     }
+}
+
+/// A library that reaches its own `faas_func_call` through a relocation (its
+/// PLT, a pointer) may enter it by a tail call, which looks like the worker's
+/// own entry: outputs would be dropped too early.
+fn refuse_reentry(library: &Module) -> Result<(), Refused> {
+    let image = &library.image;
+    let entry = load::export(image, "faas_func_call");
+    let itself = image.dynamic.relocations.iter().any(|r| {
+        let by_name = image
+            .symbols
+            .get(r.symbol as usize)
+            .is_some_and(|s| r.symbol != 0 && s.name == "faas_func_call");
+        let by_address = r.symbol == 0 && r.addend.is_some_and(|a| Some(a as u64) == entry);
+        by_name || by_address
+    });
+    if itself {
+        return Err(Refused::NoEntryWindow {
+            library: library.path.clone(),
+            reason: "the library refers to its own faas_func_call, so an entry may be a nested one"
+                .into(),
+        });
+    }
+    Ok(())
 }
 
 struct Sites {
@@ -77,21 +111,34 @@ struct Sites {
 
 fn usable_sites(input: &Input<'_>) -> Result<Sites, Refused> {
     let library = input.caller.function();
-    let mut sites = Sites { usable: Vec::new(), unfused: Vec::new() };
+    let mut sites = Sites {
+        usable: Vec::new(),
+        unfused: Vec::new(),
+    };
     let mut first = None;
     for site in input.code.sites(input.name) {
         match &site.window {
             Ok(window) => sites.usable.push((site.clone(), window.clone())),
             Err(reason) => {
                 first.get_or_insert((site.at.0, reason.to_string()));
-                sites.unfused.push(Unfused { at: site.at.0.wrapping_add(library.bias), reason: reason.to_string() });
+                sites.unfused.push(Unfused {
+                    at: site.at.0.wrapping_add(library.bias),
+                    reason: reason.to_string(),
+                });
             }
         }
     }
     match (sites.usable.is_empty(), first) {
         (false, _) => Ok(sites),
-        (true, Some((at, reason))) => Err(Refused::NoWindow { library: library.path.clone(), at, reason }),
-        (true, None) => Err(Refused::NoSite { library: library.path.clone(), callee: input.name.into() }),
+        (true, Some((at, reason))) => Err(Refused::NoWindow {
+            library: library.path.clone(),
+            at,
+            reason,
+        }),
+        (true, None) => Err(Refused::NoSite {
+            library: library.path.clone(),
+            callee: input.name.into(),
+        }),
     }
 }
 
@@ -99,31 +146,95 @@ fn usable_sites(input: &Input<'_>) -> Result<Sites, Refused> {
 fn identity(image: &Image) -> String {
     match &image.build_id {
         Some(id) => hex(id),
-        None => format!("crc32-{:08x}-{}", crc32fast::hash(&image.bytes), image.bytes.len()),
+        None => format!(
+            "crc32-{:08x}-{}",
+            crc32fast::hash(&image.bytes),
+            image.bytes.len()
+        ),
     }
 }
 
-/// The image is there: open the gate and put back the windows.
-fn again(input: &Input<'_>, present: &Present, index: usize, sites: &Sites) -> Result<PatchPlan, Refused> {
+/// The image is there: open the gate and put back the windows. The stores are
+/// made again: an agent that died between record and commit left them undone.
+fn again(
+    input: &Input<'_>,
+    present: &Present,
+    index: usize,
+    sites: &Sites,
+) -> Result<PatchPlan, Refused> {
     let manifest = present.manifest.clone();
     let graft = &manifest.grafts[index];
     let windows: Vec<WindowRecord> = manifest
         .windows
         .iter()
         .enumerate()
-        .filter(|(i, w)| !present.in_place(*i) && (w.entry || w.names.iter().any(|n| n == input.name)))
+        .filter(|(i, w)| {
+            !present.in_place(*i) && (w.entry || w.names.iter().any(|n| n == input.name))
+        })
         .map(|(_, w)| w.clone())
         .collect();
+    // The gate is stored after everything else that is not a window.
     let already = windows.is_empty() && present.gates[index];
     Ok(PatchPlan {
         already,
         build_id: graft.build_id.clone(),
+        stores: if already {
+            Vec::new()
+        } else {
+            stores(&manifest, graft)
+        },
         windows: in_order(windows),
         gate: manifest.gate(graft),
         unfused: sites.unfused.clone(),
         slot: other_slot(Some(present)),
         ..base(input, manifest.clone())
     })
+}
+
+/// What the running bridge must learn about a graft. An older image of the
+/// same callee gives up its place, in the table and in every site.
+fn stores(manifest: &Manifest, graft: &GraftRecord) -> Vec<Store> {
+    let mut stores: Vec<Store> = manifest
+        .grafts
+        .iter()
+        .filter(|g| g.replaced && g.callee == graft.callee)
+        .map(|old| Store {
+            address: manifest.gate(old),
+            bytes: vec![0],
+            what: "gate of an older image".into(),
+        })
+        .collect();
+    let worker = manifest.worker;
+    let count = manifest
+        .grafts
+        .iter()
+        .map(|g| g.slot + 1)
+        .max()
+        .unwrap_or(0);
+    stores.push(Store {
+        address: worker + (offset_of!(abi::Worker, grafts) + graft.slot * 8) as u64,
+        bytes: graft.graft.to_le_bytes().into(),
+        what: format!("table of grafts: entry {}", graft.slot),
+    });
+    stores.push(Store {
+        address: worker + offset_of!(abi::Worker, count) as u64,
+        bytes: vec![count as u8],
+        what: "table of grafts: its length".into(),
+    });
+    for window in manifest
+        .windows
+        .iter()
+        .filter(|w| w.cached.as_deref() == Some(&graft.callee))
+    {
+        stores.push(Store {
+            address: window
+                .site
+                .wrapping_add(offset_of!(abi::Site, graft) as u64),
+            bytes: graft.graft.to_le_bytes().into(),
+            what: format!("inline cache of the site {:#x}", window.address),
+        });
+    }
+    stores
 }
 
 fn base(input: &Input<'_>, manifest: Manifest) -> PatchPlan {
@@ -151,7 +262,11 @@ fn base(input: &Input<'_>, manifest: Manifest) -> PatchPlan {
 }
 
 fn other_slot(present: Option<&Present>) -> u8 {
-    if present.is_some_and(|p| p.slot == 1) { 2 } else { 1 }
+    if present.is_some_and(|p| p.slot == 1) {
+        2
+    } else {
+        1
+    }
 }
 
 /// The entry first: outputs must be reclaimed from the first fused call on.
@@ -170,33 +285,60 @@ struct Places {
     control: Option<Region>,
 }
 
-fn fresh(input: &Input<'_>, sites: &Sites, entry: &Window, build_id: String) -> Result<PatchPlan, Refused> {
+fn fresh(
+    input: &Input<'_>,
+    sites: &Sites,
+    entry: &Window,
+    build_id: String,
+) -> Result<PatchPlan, Refused> {
     let present = input.present;
     let caller = input.caller.function();
     let callee = input.callee.function();
     let invoke = invoke_routine(input.caller)?;
     let index = present.map_or(0, |p| p.manifest.grafts.len());
     if index >= abi::MAX_GRAFTS {
-        return Err(Refused::TooManyGrafts { most: abi::MAX_GRAFTS });
+        return Err(Refused::TooManyGrafts {
+            most: abi::MAX_GRAFTS,
+        });
     }
     let scope = Scope::new(input.caller, input.callee)?;
 
     // The data's size does not depend on its address: build it twice, the
     // first time at a made-up place, to know how much room to look for.
-    let known: Vec<&WindowRecord> = present.iter().flat_map(|p| p.manifest.windows.iter()).collect();
+    let known: Vec<&WindowRecord> = present
+        .iter()
+        .flat_map(|p| p.manifest.windows.iter())
+        .collect();
     let bias = caller.bias;
     let new_sites: Vec<&(Site, Window)> = sites
         .usable
         .iter()
-        .filter(|(_, w)| known.iter().all(|k| k.address != w.start.0.wrapping_add(bias)))
+        .filter(|(_, w)| {
+            known
+                .iter()
+                .all(|k| k.address != w.start.0.wrapping_add(bias))
+        })
         .collect();
     let new_entry = known.iter().all(|k| !k.entry);
-    let draft = Draft { input, scope: &scope, invoke, index, sites: &new_sites, new_entry: new_entry.then_some(entry) };
+    let draft = Draft {
+        input,
+        scope: &scope,
+        invoke,
+        index,
+        sites: &new_sites,
+        new_entry: new_entry.then_some(entry),
+    };
     let trial = Places {
         reservation: Region { start: 0, len: 0 },
-        stubs: Region { start: PAGE, len: draft.stub_len() },
+        stubs: Region {
+            start: PAGE,
+            len: draft.stub_len(),
+        },
         bridge: PAGE,
-        image: Region { start: PAGE, len: callee.image.high() - callee.image.low() },
+        image: Region {
+            start: PAGE,
+            len: callee.image.high() - callee.image.low(),
+        },
         data: PAGE,
         control: None,
     };
@@ -224,25 +366,46 @@ fn place(input: &Input<'_>, draft: &Draft<'_>, data_len: u64) -> Result<Places, 
     let image_at = take(image.high() - image.low());
     take(PAGE);
     let data = take(data_len);
-    let control = input.present.is_none().then(|| take(size_of::<abi::Control>() as u64));
+    let control = input
+        .present
+        .is_none()
+        .then(|| take(size_of::<abi::Control>() as u64));
     let len = at;
-    let library = (caller.image.low().wrapping_add(caller.bias), caller.image.high().wrapping_add(caller.bias));
-    let start = placement::near(&input.caller.maps, library, len)
-        .ok_or_else(|| Refused::NoRoomNear { library: caller.path.clone(), bytes: len })?;
+    let library = (
+        caller.image.low().wrapping_add(caller.bias),
+        caller.image.high().wrapping_add(caller.bias),
+    );
+    let start =
+        placement::near(&input.caller.maps, library, len).ok_or_else(|| Refused::NoRoomNear {
+            library: caller.path.clone(),
+            bytes: len,
+        })?;
     Ok(Places {
         reservation: Region { start, len },
-        stubs: Region { start: start + stubs.0, len: stubs.1 },
+        stubs: Region {
+            start: start + stubs.0,
+            len: stubs.1,
+        },
         bridge: start + bridge.0,
-        image: Region { start: start + image_at.0, len: image_at.1 },
+        image: Region {
+            start: start + image_at.0,
+            len: image_at.1,
+        },
         data: start + data.0,
-        control: control.map(|(offset, len)| Region { start: start + offset, len }),
+        control: control.map(|(offset, len)| Region {
+            start: start + offset,
+            len,
+        }),
     })
 }
 
 fn invoke_routine(worker: &Worker) -> Result<u64, Refused> {
     match invoke_routines(worker).as_slice() {
         [one] => Ok(*one),
-        several => Err(Refused::NoInvokeRoutine { executable: worker.executable().path.clone(), found: several.len() }),
+        several => Err(Refused::NoInvokeRoutine {
+            executable: worker.executable().path.clone(),
+            found: several.len(),
+        }),
     }
 }
 
@@ -278,9 +441,16 @@ impl Draft<'_> {
         let export = |name: &str| {
             load::export(self.input.bridge, name)
                 .map(|at| at.wrapping_add(bias))
-                .ok_or_else(|| Refused::MissingExport { library: "the bridge".into(), symbol: name.into() })
+                .ok_or_else(|| Refused::MissingExport {
+                    library: "the bridge".into(),
+                    symbol: name.into(),
+                })
         };
-        Ok(BridgeAddresses { enter: export("ng_enter")?, hook: export("ng_hook")?, getenv: export("ng_getenv")? })
+        Ok(BridgeAddresses {
+            enter: export("ng_enter")?,
+            hook: export("ng_hook")?,
+            getenv: export("ng_getenv")?,
+        })
     }
 
     /// The structure's address is the first thing in the data.
@@ -294,7 +464,13 @@ impl Draft<'_> {
             getenv: places.stubs.start,
             environ: Self::graft_at(places) + offset_of!(abi::Graft, environ) as u64,
         };
-        load::relocate(&callee.path, &callee.image, places.image.start, Some(self.scope), given)
+        load::relocate(
+            &callee.path,
+            &callee.image,
+            places.image.start,
+            Some(self.scope),
+            given,
+        )
     }
 
     fn data(&self, places: &Places, loaded: &Loaded) -> Result<Data, Refused> {
@@ -310,8 +486,11 @@ impl Draft<'_> {
             Some(present) => present.manifest.worker,
             None => area.reserve(size_of::<abi::Worker>(), 64),
         };
-        let sites: Vec<u64> =
-            self.sites.iter().map(|_| area.reserve(size_of::<abi::Site>(), align_of::<abi::Site>())).collect();
+        let sites: Vec<u64> = self
+            .sites
+            .iter()
+            .map(|_| area.reserve(size_of::<abi::Site>(), align_of::<abi::Site>()))
+            .collect();
         let name = area.string(self.input.name.as_bytes());
         let ifuncs = layout::ifuncs(&mut area, &loaded.ifuncs);
         let inits = area.words(loaded.inits.iter().copied());
@@ -319,10 +498,12 @@ impl Draft<'_> {
         let environ = area.strings(&callee.environment);
         let image = &callee.function().image;
         let own = |symbol: &str| {
-            load::export(image, symbol).map(|at| at.wrapping_add(loaded.bias)).ok_or_else(|| Refused::MissingExport {
-                library: callee.function().path.clone(),
-                symbol: symbol.into(),
-            })
+            load::export(image, symbol)
+                .map(|at| at.wrapping_add(loaded.bias))
+                .ok_or_else(|| Refused::MissingExport {
+                    library: callee.function().path.clone(),
+                    symbol: symbol.into(),
+                })
         };
         let edges = offset_of!(abi::Control, edges) + self.index * size_of::<abi::SharedEdge>();
         GraftFields {
@@ -345,32 +526,48 @@ impl Draft<'_> {
                 Meaning::Resolver(at) => Ok((at, true)),
                 Meaning::At(at) | Meaning::Own(at) | Meaning::OwnResolver(at) => Ok((at, false)),
             };
-            let library = caller.function();
+            let outermost = caller.executable();
             WorkerFields {
                 control,
                 invoke: self.invoke,
                 stack_floor: stack_floor(caller)?,
-                text: (library.image.low().wrapping_add(library.bias), library.image.high().wrapping_add(library.bias)),
+                text: (
+                    outermost.image.low().wrapping_add(outermost.bias),
+                    outermost.image.high().wrapping_add(outermost.bias),
+                ),
                 pthread_create: function("pthread_create")?.0,
                 pthread_detach: function("pthread_detach")?.0,
                 memcpy: function("memcpy")?,
-                arena_budget: ARENA_BUDGET,
+                arena_budget: self
+                    .input
+                    .memory_room
+                    .map_or(ARENA_BUDGET, |room| ARENA_BUDGET.min(room / 2)),
                 graft,
             }
             .write(&mut area, worker);
         }
         let bias = caller.function().bias;
         for ((site, _), at) in self.sites.iter().zip(&sites) {
-                let by_pointer = self.cached(site).map_or(0, |name| name.wrapping_add(bias));
+            let by_pointer = self.cached(site).map_or(0, |name| name.wrapping_add(bias));
             layout::site(&mut area, *at, by_pointer, graft, worker);
         }
-        Ok(Data { area, graft, worker, sites, bridge, control })
+        Ok(Data {
+            area,
+            graft,
+            worker,
+            sites,
+            bridge,
+            control,
+        })
     }
 
     /// The image address of the callee's name, where the bytes cannot change.
     fn cached(&self, site: &Site) -> Option<u64> {
         let library = &self.input.caller.function().image;
-        site.names.iter().find(|n| n.text == self.input.name && library.read_only(n.at.0)).map(|n| n.at.0)
+        site.names
+            .iter()
+            .find(|n| n.text == self.input.name && library.read_only(n.at.0))
+            .map(|n| n.at.0)
     }
 
     fn stubs(&self, places: &Places, data: &Data) -> Result<(Vec<u8>, Vec<WindowRecord>), Refused> {
@@ -380,20 +577,41 @@ impl Draft<'_> {
         bytes.resize(THUNK as usize, 0xcc);
         let mut records = Vec::new();
         let entry = self.new_entry.map(|w| (w, 0, Vec::new(), None));
-        let sites = self.sites.iter().zip(&data.sites).map(|((site, window), at)| {
-            (window, *at, site.names.iter().map(|n| n.text.clone()).collect(), Some(site))
-        });
+        let sites = self
+            .sites
+            .iter()
+            .zip(&data.sites)
+            .map(|((site, window), at)| {
+                (
+                    window,
+                    *at,
+                    site.names.iter().map(|n| n.text.clone()).collect(),
+                    Some(site),
+                )
+            });
         for (window, site, names, of) in entry.into_iter().chain(sites) {
             bytes.resize(bytes.len().next_multiple_of(16), 0xcc);
             let at = places.stubs.start + bytes.len() as u64;
-            let failed = |reason: String| Refused::NoWindow { library: library.path.clone(), at: window.start.0, reason };
+            let failed = |reason: String| Refused::NoWindow {
+                library: library.path.clone(),
+                at: window.start.0,
+                reason,
+            };
             let entry = of.is_none();
             let tail = if entry {
-                Tail::Hook { flag: data.worker + offset_of!(abi::Worker, dirty) as u64, hook: data.bridge.hook }
+                Tail::Hook {
+                    flag: data.worker + offset_of!(abi::Worker, dirty) as u64,
+                    hook: data.bridge.hook,
+                }
             } else {
-                Tail::Bridge { site_record: site, bridge_entry: data.bridge.enter }
+                Tail::Bridge {
+                    site_record: site,
+                    bridge_entry: data.bridge.enter,
+                }
             };
-            let stub = window.stub(bias, at, &tail).map_err(|e| failed(e.to_string()))?;
+            let stub = window
+                .stub(bias, at, &tail)
+                .map_err(|e| failed(e.to_string()))?;
             if stub.bytes.len() as u64 > STUB {
                 return Err(failed(format!("its stub has {} bytes", stub.bytes.len())));
             }
@@ -404,16 +622,27 @@ impl Draft<'_> {
                 entry,
                 call: window.kind == WindowKind::Call,
                 site,
-                copies: stub.boundaries.iter().map(|(from, to)| (*from, at + u64::from(*to))).collect(),
+                copies: stub
+                    .boundaries
+                    .iter()
+                    .map(|(from, to)| (*from, at + u64::from(*to)))
+                    .collect(),
                 names,
-                cached: of.and_then(|site| self.cached(site)).map(|_| self.input.name.to_owned()),
+                cached: of
+                    .and_then(|site| self.cached(site))
+                    .map(|_| self.input.name.to_owned()),
             });
             bytes.extend(stub.bytes);
         }
         Ok((bytes, records))
     }
 
-    fn finish(&self, places: &Places, sites: &Sites, build_id: String) -> Result<PatchPlan, Refused> {
+    fn finish(
+        &self,
+        places: &Places,
+        sites: &Sites,
+        build_id: String,
+    ) -> Result<PatchPlan, Refused> {
         let input = self.input;
         let callee = input.callee.function();
         let loaded = self.loaded(places)?;
@@ -422,12 +651,22 @@ impl Draft<'_> {
 
         let mut parts = vec![part("stubs", places.stubs, Access::ReadExecute, stubs)];
         if input.present.is_none() {
-            let given = Given { getenv: 0, environ: 0 };
+            let given = Given {
+                getenv: 0,
+                environ: 0,
+            };
             let bridge = load::relocate("the bridge", input.bridge, places.bridge, None, given)?;
             for segment in bridge.segments {
                 // Its only writable words are relocations, applied by now.
-                let access = if segment.executable { Access::ReadExecute } else { Access::Read };
-                let region = Region { start: segment.start, len: segment.len };
+                let access = if segment.executable {
+                    Access::ReadExecute
+                } else {
+                    Access::Read
+                };
+                let region = Region {
+                    start: segment.start,
+                    len: segment.len,
+                };
                 parts.push(part("bridge", region, access, segment.bytes));
             }
         }
@@ -437,11 +676,17 @@ impl Draft<'_> {
                 (false, true) => Access::ReadExecute,
                 (false, false) => Access::Read,
             };
-            let region = Region { start: segment.start, len: segment.len };
+            let region = Region {
+                start: segment.start,
+                len: segment.len,
+            };
             parts.push(part(&callee.path, region, access, segment.bytes.clone()));
         }
         let data_len = (data.area.bytes.len() as u64).next_multiple_of(PAGE);
-        let region = Region { start: places.data, len: data_len };
+        let region = Region {
+            start: places.data,
+            len: data_len,
+        };
         parts.push(part("records", region, Access::ReadWrite, data.area.bytes));
 
         let mut manifest = match input.present {
@@ -458,10 +703,6 @@ impl Draft<'_> {
                 windows: Vec::new(),
                 grafts: Vec::new(),
             },
-        };
-        let stores = match input.present {
-            Some(present) => self.stores(present, &mut manifest, data.graft),
-            None => Vec::new(),
         };
         let record = GraftRecord {
             callee: input.name.into(),
@@ -487,7 +728,19 @@ impl Draft<'_> {
         windows.extend(new_windows.iter().cloned());
         manifest.regions.push(places.reservation);
         manifest.windows.extend(new_windows);
-        manifest.grafts.push(record);
+        for old in manifest
+            .grafts
+            .iter_mut()
+            .filter(|g| g.callee == input.name)
+        {
+            old.replaced = true;
+        }
+        manifest.grafts.push(record.clone());
+        let stores = if input.present.is_some() {
+            stores(&manifest, &record)
+        } else {
+            Vec::new()
+        };
 
         let plan = PatchPlan {
             build_id,
@@ -500,7 +753,10 @@ impl Draft<'_> {
                     .is_none()
                     .then(|| data.worker + offset_of!(abi::Worker, thread) as u64),
             }),
-            relocations: (loaded.relocations - loaded.ifuncs.len(), loaded.ifuncs.len()),
+            relocations: (
+                loaded.relocations - loaded.ifuncs.len(),
+                loaded.ifuncs.len(),
+            ),
             initialisers: loaded.inits.len(),
             stores,
             windows: in_order(windows),
@@ -511,55 +767,35 @@ impl Draft<'_> {
         };
         plan.manifest.encode()?;
         match input.memory_room {
-            Some(room) if plan.resident_bytes() > room => {
-                Err(Refused::MemoryLimit { bytes: plan.resident_bytes(), room })
-            }
+            Some(room) if plan.resident_bytes() > room => Err(Refused::MemoryLimit {
+                bytes: plan.resident_bytes(),
+                room,
+            }),
             _ => Ok(plan),
         }
-    }
-
-    /// What the running bridge must learn about a new graft: an older image of
-    /// the same callee gives up its place, in the table and in every site.
-    fn stores(&self, present: &Present, manifest: &mut Manifest, graft: u64) -> Vec<Store> {
-        let worker = present.manifest.worker;
-        let table = |slot: usize| worker + offset_of!(abi::Worker, grafts) as u64 + slot as u64 * 8;
-        let Some(old) = manifest.grafts.iter_mut().find(|g| !g.replaced && g.callee == self.input.name) else {
-            let slot = self.slot();
-            return vec![
-                Store { address: table(slot), bytes: graft.to_le_bytes().into(), what: "table of grafts: a new entry".into() },
-                Store {
-                    address: worker + offset_of!(abi::Worker, count) as u64,
-                    bytes: vec![slot as u8 + 1],
-                    what: "table of grafts: its length".into(),
-                },
-            ];
-        };
-        old.replaced = true;
-        let old = old.clone();
-        let mut stores = vec![
-            Store { address: manifest.gate(&old), bytes: vec![0], what: "gate of the old image".into() },
-            Store { address: table(old.slot), bytes: graft.to_le_bytes().into(), what: "table of grafts: the new image".into() },
-        ];
-        for window in manifest.windows.iter().filter(|w| w.cached.as_deref() == Some(self.input.name)) {
-            stores.push(Store {
-                address: window.site + offset_of!(abi::Site, graft) as u64,
-                bytes: graft.to_le_bytes().into(),
-                what: format!("inline cache of the site {:#x}: the new image", window.address),
-            });
-        }
-        stores
     }
 
     /// The place in the table of grafts: the older image's, or a new one.
     fn slot(&self) -> usize {
         let grafts = self.input.present.map_or(&[][..], |p| &p.manifest.grafts);
-        let old = grafts.iter().find(|g| !g.replaced && g.callee == self.input.name);
-        old.map_or_else(|| grafts.iter().map(|g| g.slot + 1).max().unwrap_or(0), |g| g.slot)
+        let old = grafts
+            .iter()
+            .find(|g| !g.replaced && g.callee == self.input.name);
+        old.map_or_else(
+            || grafts.iter().map(|g| g.slot + 1).max().unwrap_or(0),
+            |g| g.slot,
+        )
     }
 }
 
 fn part(what: &str, region: Region, access: Access, bytes: Vec<u8>) -> Part {
-    Part { what: what.to_owned(), start: region.start, len: region.len, access, bytes }
+    Part {
+        what: what.to_owned(),
+        start: region.start,
+        len: region.len,
+        access,
+        bytes,
+    }
 }
 
 /// `movabs rsi, graft; movabs rax, ng_getenv; jmp rax`
@@ -574,12 +810,23 @@ fn getenv_thunk(graft: u64, getenv: u64) -> Vec<u8> {
 
 /// Lowest stack pointer with which a callee may be started.
 fn stack_floor(worker: &Worker) -> Result<u64, Refused> {
-    let stack = worker.maps.iter().find(|m| m.name == "[stack]").ok_or_else(|| Refused::Analysis {
-        library: worker.executable().path.clone(),
-        reason: "the worker has no [stack]".into(),
-    })?;
-    let limit = if worker.stack_limit == u64::MAX { UNLIMITED_STACK } else { worker.stack_limit };
-    Ok(stack.end.saturating_sub(limit).saturating_add(STACK.min(limit / 2)))
+    let stack = worker
+        .maps
+        .iter()
+        .find(|m| m.name == "[stack]")
+        .ok_or_else(|| Refused::Analysis {
+            library: worker.executable().path.clone(),
+            reason: "the worker has no [stack]".into(),
+        })?;
+    let limit = if worker.stack_limit == u64::MAX {
+        UNLIMITED_STACK
+    } else {
+        worker.stack_limit
+    };
+    Ok(stack
+        .end
+        .saturating_sub(limit)
+        .saturating_add(STACK.min(limit / 8 * 7)))
 }
 
 /// The analysis of a caller's library, as a refusal where it fails.
@@ -587,6 +834,8 @@ fn stack_floor(worker: &Worker) -> Result<u64, Refused> {
 /// # Errors
 /// The library is not well-formed.
 pub fn analyse(library: &Module) -> Result<CodeMap, Refused> {
-    code::analyse(&library.image.bytes)
-        .map_err(|e| Refused::Analysis { library: library.path.clone(), reason: e.to_string() })
+    code::analyse(&library.image.bytes).map_err(|e| Refused::Analysis {
+        library: library.path.clone(),
+        reason: e.to_string(),
+    })
 }

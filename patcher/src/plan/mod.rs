@@ -138,6 +138,8 @@ impl PatchPlan {
     /// Bytes that the patch may add to the worker's memory: what is written.
     #[must_use]
     pub fn resident_bytes(&self) -> u64 {
-        self.mapping.as_ref().map_or(0, |m| m.parts.iter().map(|p| p.len).sum())
+        self.mapping
+            .as_ref()
+            .map_or(0, |m| m.parts.iter().map(|p| p.len).sum())
     }
 }

@@ -21,14 +21,29 @@ pub(super) fn near(maps: &[Map], (low, high): (u64, u64), len: u64) -> Option<u6
     let ceiling = low.saturating_add(REACH).min(HIGHEST);
     let mut best = None;
     let mut start = LOWEST;
-    let bounds = maps.iter().map(|m| (m.start, m.end, m.name.as_str())).chain([(HIGHEST, HIGHEST, "")]);
+    let bounds = maps
+        .iter()
+        .map(|m| (m.start, m.end, m.name.as_str()))
+        .chain([(HIGHEST, HIGHEST, "")]);
     let mut below = "";
     for (next, end, name) in bounds {
-        let gap_low = if below == "[heap]" { start.saturating_add(GROWTH) } else { start }.max(floor);
-        let gap_high = if name == "[stack]" { next.saturating_sub(GROWTH) } else { next }.min(ceiling);
+        let gap_low = if below == "[heap]" {
+            start.saturating_add(GROWTH)
+        } else {
+            start
+        }
+        .max(floor);
+        let gap_high = if name == "[stack]" {
+            next.saturating_sub(GROWTH)
+        } else {
+            next
+        }
+        .min(ceiling);
         if gap_high >= gap_low && gap_high - gap_low >= len {
             // From the top, as the kernel places mappings.
-            best = Some((gap_high - len) & !0xfff).filter(|at| *at >= gap_low).or(best);
+            best = Some((gap_high - len) & !0xfff)
+                .filter(|at| *at >= gap_low)
+                .or(best);
         }
         (start, below) = (end.max(start), name);
     }
@@ -40,7 +55,13 @@ mod tests {
     use super::*;
 
     fn map(start: u64, end: u64, name: &str) -> Map {
-        Map { start, end, writable: false, executable: false, name: name.into() }
+        Map {
+            start,
+            end,
+            writable: false,
+            executable: false,
+            name: name.into(),
+        }
     }
 
     const LIB: (u64, u64) = (0x7f00_0000_0000, 0x7f00_0001_0000);
@@ -70,13 +91,20 @@ mod tests {
 
     #[test]
     fn nothing_is_found_where_nothing_is_free() {
-        let maps = [map(LIB.0 - (4 << 30), LIB.0, "/a"), map(LIB.0, LIB.1, "/lib"), map(LIB.1, LIB.1 + (4 << 30), "/b")];
+        let maps = [
+            map(LIB.0 - (4 << 30), LIB.0, "/a"),
+            map(LIB.0, LIB.1, "/lib"),
+            map(LIB.1, LIB.1 + (4 << 30), "/b"),
+        ];
         assert_eq!(near(&maps, LIB, 0x1000), None);
     }
 
     #[test]
     fn both_ends_stay_within_reach() {
-        for maps in [vec![map(LIB.0, LIB.1, "/lib")], vec![map(LIB.0 - (1 << 30), LIB.1 + (1 << 30), "/lib")]] {
+        for maps in [
+            vec![map(LIB.0, LIB.1, "/lib")],
+            vec![map(LIB.0 - (1 << 30), LIB.1 + (1 << 30), "/lib")],
+        ] {
             let at = near(&maps, LIB, 0x10_0000).unwrap();
             assert!(at.abs_diff(LIB.0) < 1 << 31 && (at + 0x10_0000).abs_diff(LIB.1) < 1 << 31);
         }

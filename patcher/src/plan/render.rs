@@ -20,7 +20,11 @@ impl PatchPlan {
     }
 
     fn write(&self, out: &mut String) -> fmt::Result {
-        writeln!(out, "worker {} ({}) ← {} ({})", self.pid, self.caller_library, self.callee, self.callee_library)?;
+        writeln!(
+            out,
+            "worker {} ({}) ← {} ({})",
+            self.pid, self.caller_library, self.callee, self.callee_library
+        )?;
         if self.already {
             return writeln!(out, "  already fused: nothing to do");
         }
@@ -39,10 +43,21 @@ impl PatchPlan {
                         Access::ReadWrite => "rw-",
                         Access::ReadExecute => "r-x",
                     };
-                    writeln!(out, "  {:#x}-{:#x} {access} {}", part.start, part.start + part.len, part.what)?;
+                    writeln!(
+                        out,
+                        "  {:#x}-{:#x} {access} {}",
+                        part.start,
+                        part.start + part.len,
+                        part.what
+                    )?;
                 }
                 if let Some(control) = mapping.control {
-                    writeln!(out, "  {:#x}-{:#x} rw-s gates, counters, record", control.start, control.start + control.len)?;
+                    writeln!(
+                        out,
+                        "  {:#x}-{:#x} rw-s gates, counters, record",
+                        control.start,
+                        control.start + control.len
+                    )?;
                 }
                 writeln!(
                     out,
@@ -50,23 +65,48 @@ impl PatchPlan {
                     self.relocations.0, self.relocations.1, self.initialisers
                 )?;
             }
-            None => writeln!(out, "\nimage {} is there already: used again", self.build_id)?,
+            None => writeln!(
+                out,
+                "\nimage {} is there already: used again",
+                self.build_id
+            )?,
         }
         for store in &self.stores {
-            writeln!(out, "  store {} at {:#x}: {}", hex(&store.bytes), store.address, store.what)?;
+            writeln!(
+                out,
+                "  store {} at {:#x}: {}",
+                hex(&store.bytes),
+                store.address,
+                store.what
+            )?;
         }
         for window in &self.windows {
             self.write_window(out, window)?;
         }
         for site in &self.unfused {
-            writeln!(out, "\nleft as RPC: the call at {}: {}", self.place(site.at), site.reason)?;
+            writeln!(
+                out,
+                "\nleft as RPC: the call at {}: {}",
+                self.place(site.at),
+                site.reason
+            )?;
         }
         if self.effects.is_empty() {
-            writeln!(out, "\nno import of {} shows an effect on what the caller owns", self.callee)?;
+            writeln!(
+                out,
+                "\nno import of {} shows an effect on what the caller owns",
+                self.callee
+            )?;
         } else {
             writeln!(out, "\nfused, {} shares with the caller:", self.callee)?;
             for effect in &self.effects {
-                writeln!(out, "  {}: {} ({})", effect.kind, effect.means, effect.imports.join(", "))?;
+                writeln!(
+                    out,
+                    "  {}: {} ({})",
+                    effect.kind,
+                    effect.means,
+                    effect.imports.join(", ")
+                )?;
             }
         }
         writeln!(
@@ -77,7 +117,10 @@ impl PatchPlan {
 
     fn place(&self, address: u64) -> String {
         let file = self.caller_library.rsplit('/').next().unwrap_or_default();
-        format!("{address:#x} ({file}+{:#x})", address.wrapping_sub(self.caller_bias))
+        format!(
+            "{address:#x} ({file}+{:#x})",
+            address.wrapping_sub(self.caller_bias)
+        )
     }
 
     fn write_window(&self, out: &mut String, window: &WindowRecord) -> fmt::Result {
@@ -93,7 +136,9 @@ impl PatchPlan {
         for line in disassemble(&window.after, window.address) {
             writeln!(out, "  + {line}")?;
         }
-        let Some((at, code)) = self.stub_of(window) else { return Ok(()) };
+        let Some((at, code)) = self.stub_of(window) else {
+            return Ok(());
+        };
         writeln!(out, "  stub {at:#x}")?;
         for line in disassemble(code, at) {
             writeln!(out, "      {line}")?;
@@ -104,10 +149,18 @@ impl PatchPlan {
     /// The stub's code up to the jump into the bridge.
     fn stub_of(&self, window: &WindowRecord) -> Option<(u64, &[u8])> {
         let at = window.copies.iter().map(|(_, to)| *to).min()?;
-        let part = self.mapping.as_ref()?.parts.iter().find(|p| (p.start..p.start + p.len).contains(&at))?;
+        let part = self
+            .mapping
+            .as_ref()?
+            .parts
+            .iter()
+            .find(|p| (p.start..p.start + p.len).contains(&at))?;
         let code = part.bytes.get((at - part.start) as usize..)?;
         // `jmp [rip]` ends a bridge stub, `jmp rel32` an entry's fast path.
-        let end = code.windows(6).position(|w| w == [0xff, 0x25, 0, 0, 0, 0]).map(|at| at + 6)?;
+        let end = code
+            .windows(6)
+            .position(|w| w == [0xff, 0x25, 0, 0, 0, 0])
+            .map(|at| at + 6)?;
         (!window.entry && end < 512).then(|| (at, &code[..end]))
     }
 }
@@ -122,7 +175,9 @@ fn disassemble(code: &[u8], at: u64) -> Vec<String> {
     let decoder = Decoder::with_ip(64, code, at, DecoderOptions::NONE);
     for instruction in decoder {
         let start = (instruction.ip() - at) as usize;
-        let bytes = code.get(start..start + instruction.len()).unwrap_or_default();
+        let bytes = code
+            .get(start..start + instruction.len())
+            .unwrap_or_default();
         let mut text = String::new();
         formatter.format(&instruction, &mut text);
         lines.push(format!("{:x}: {:<24} {text}", instruction.ip(), hex(bytes)));
@@ -131,5 +186,9 @@ fn disassemble(code: &[u8], at: u64) -> Vec<String> {
 }
 
 fn size(bytes: u64) -> String {
-    if bytes < 1 << 20 { format!("{} KiB", bytes >> 10) } else { format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)) }
+    if bytes < 1 << 20 {
+        format!("{} KiB", bytes >> 10)
+    } else {
+        format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+    }
 }
