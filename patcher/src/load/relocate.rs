@@ -126,7 +126,7 @@ pub fn relocate(
             match scope.interposed(entry.symbol) {
                 Some(Interposed::Getenv) => Ok(Meaning::At(given.getenv)),
                 Some(Interposed::Environ) => Ok(Meaning::At(given.environ)),
-                None => scope.meaning(entry.symbol, entry.plt),
+                None => scope.meaning(entry.symbol, entry.kind == c::R_X86_64_JUMP_SLOT),
             }
         };
         let (meaning, addend, relative_to_place) = match entry.kind {
