@@ -1,0 +1,48 @@
+/*
+ * The leanest Foo and Bar that still do what functions do: Bar appends its
+ * input, Foo calls it N times and tells the mean. What is measured is then the
+ * call itself.
+ *
+ *   input: "N " and the payload; answer: "<ns per call> <length of the last>"
+ */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "worker_v1.h"
+
+static __attribute__((noinline)) int lean_bar(const struct context *ctx, const char *input,
+                                              size_t length) {
+    ctx->append(ctx->caller_context, input, length);
+    return 0;
+}
+
+#ifdef LEAN_FOO
+static __attribute__((noinline)) int lean_foo(const struct context *ctx, const char *input,
+                                              size_t length) {
+    const char *end = input + length;
+    const char *output = NULL;
+    size_t output_length = 0;
+    char text[64];
+    long times = 0;
+    struct timespec from, to;
+    for (; input < end && *input >= '0' && *input <= '9'; input++) {
+        times = times * 10 + (*input - '0');
+    }
+    input += input < end;
+    clock_gettime(CLOCK_MONOTONIC, &from);
+    for (long i = 0; i < times; i++) {
+        if (LEAN_INVOKE(ctx, "Bar", input, (size_t)(end - input), &output, &output_length) != 0) {
+            return -1;
+        }
+    }
+    clock_gettime(CLOCK_MONOTONIC, &to);
+    double ns = (double)(to.tv_sec - from.tv_sec) * 1e9 + (double)(to.tv_nsec - from.tv_nsec);
+    int n = snprintf(text, sizeof text, "%.2f %zu", times > 0 ? ns / (double)times : 0.0,
+                     output_length);
+    ctx->append(ctx->caller_context, text, (size_t)n);
+    return 0;
+}
+#endif
