@@ -83,6 +83,35 @@ refusals! {
         /// The function.
         symbol: String,
     } = "missing-export", "{library} does not export {symbol}", "build the callee as a worker_v1 function library";
+    /// A function of the worker_v1 ABI is exported, but not as one that can be
+    /// called at its address.
+    UnusableExport {
+        /// The callee's library.
+        library: String,
+        /// The function.
+        symbol: String,
+        /// What it is instead.
+        reason: String,
+    } = "unusable-export", "{library} exports {symbol}, which {reason}",
+        "export it as a plain function: without target_clones or ifunc, and visible";
+    /// A segment must lie at an address of more than a page's alignment.
+    Alignment {
+        /// The callee's library.
+        library: String,
+        /// The alignment in bytes.
+        bytes: u64,
+    } = "alignment", "{library} must lie at a multiple of {bytes} bytes",
+        "link the callee with -Wl,-z,max-page-size=4096, and align no variable to more than a page";
+    /// The callee's image is too large.
+    ImageTooLarge {
+        /// The callee's library.
+        library: String,
+        /// Bytes of address space that it takes.
+        bytes: u64,
+        /// The limit.
+        most: u64,
+    } = "image-too-large", "{library} takes {bytes} bytes of memory where {most} is the limit",
+        "allocate large buffers in faas_init instead of declaring them";
     /// The callee has thread-local storage of its own.
     Tls {
         /// The callee's library.

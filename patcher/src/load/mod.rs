@@ -16,11 +16,20 @@ mod scope;
 
 use serde::{Deserialize, Serialize};
 
+use crate::elf::constants as c;
 use crate::elf::{Image, Segment};
 use crate::refused::Refused;
 
 pub use relocate::{Given, Loaded, LoadedSegment, relocate};
+use scope::Wanted;
 pub use scope::{Interposed, Scope};
+
+/// What an image's place is a multiple of.
+const PAGE: u64 = 4096;
+/// Largest image that is loaded, in bytes of address space.
+pub const MOST_BYTES: u64 = 256 << 20;
+/// More initialisers than any image has.
+const MOST_INITIALISERS: u64 = 1 << 16;
 
 /// The worker_v1 functions that a callee must export.
 pub const EXPORTS: [&str; 4] = [
@@ -61,7 +70,7 @@ pub enum Meaning {
 /// The first thing that cannot be done right.
 pub fn check(library: &str, image: &Image) -> Result<(), Refused> {
     let library = library.to_owned();
-    if image.file_type != crate::elf::constants::ET_DYN {
+    if image.file_type != c::ET_DYN {
         return Err(Refused::BrokenImage {
             library,
             reason: "not a shared object".into(),
@@ -86,29 +95,71 @@ pub fn check(library: &str, image: &Image) -> Result<(), Refused> {
             reason: "a segment is writable and executable".into(),
         });
     }
-    for symbol in EXPORTS {
-        let exported = image
-            .exports
-            .get(symbol)
-            .is_some_and(|found| found.iter().any(|index| !image.symbols[*index].undefined()));
-        if !exported {
-            return Err(Refused::MissingExport {
-                library,
-                symbol: symbol.into(),
-            });
+    if image.alignment() > PAGE {
+        return Err(Refused::Alignment {
+            library,
+            bytes: image.alignment(),
+        });
+    }
+    let span = image.high() - image.low();
+    if span > MOST_BYTES {
+        return Err(Refused::ImageTooLarge {
+            library,
+            bytes: span,
+            most: MOST_BYTES,
+        });
+    }
+    for name in EXPORTS {
+        let symbol = name.to_owned();
+        match exported(image, name) {
+            Exported::At(_) => {}
+            Exported::Not => return Err(Refused::MissingExport { library, symbol }),
+            Exported::Unusable(reason) => {
+                return Err(Refused::UnusableExport {
+                    library,
+                    symbol,
+                    reason: reason.into(),
+                });
+            }
         }
     }
     Ok(())
 }
 
-/// The image address of an exported function.
+/// The image address of an exported function; `None` too if it is one that
+/// cannot be called there.
 #[must_use]
 pub fn export(image: &Image, name: &str) -> Option<u64> {
-    image
-        .exports
-        .get(name)?
+    match exported(image, name) {
+        Exported::At(address) => Some(address),
+        Exported::Not | Exported::Unusable(_) => None,
+    }
+}
+
+enum Exported {
+    At(u64),
+    Not,
+    Unusable(&'static str),
+}
+
+/// What `dlsym` finds, as the worker looked for it.
+fn exported(image: &Image, name: &str) -> Exported {
+    let Some(symbol) = scope::find(image, name, Wanted::Default, true) else {
+        let some = image.exports.get(name).into_iter().flatten();
+        let mut defined = some.filter(|index| !image.symbols[**index].undefined());
+        return match defined.next() {
+            Some(_) => Exported::Unusable("is hidden from those who look for it"),
+            None => Exported::Not,
+        };
+    };
+    let code = image
+        .segments
         .iter()
-        .map(|i| &image.symbols[*i])
-        .find(|s| !s.undefined())
-        .map(|s| s.value)
+        .any(|s| s.executable() && (s.vaddr..s.vaddr + s.file_size).contains(&symbol.value));
+    match symbol.kind {
+        c::STT_GNU_IFUNC => Exported::Unusable("is chosen at run time (an indirect function)"),
+        _ if symbol.section == c::SHN_ABS => Exported::Unusable("is an absolute value"),
+        c::STT_FUNC | c::STT_NOTYPE if code => Exported::At(symbol.value),
+        _ => Exported::Unusable("is not a function"),
+    }
 }
