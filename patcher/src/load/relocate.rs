@@ -1,6 +1,9 @@
 //! Applying relocations to a copy of the image's segments.
 
-use super::{Ifunc, Interposed, Meaning, Scope};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+
+use super::{Ifunc, Interposed, MOST_BYTES, MOST_INITIALISERS, Meaning, Scope};
 use crate::elf::Image;
 use crate::elf::constants as c;
 use crate::refused::Refused;
@@ -38,30 +41,47 @@ pub struct Loaded {
 }
 
 impl Loaded {
+    /// The segment that holds `len` bytes at a live address, and where in it.
+    fn find(&self, address: u64, len: usize) -> Option<(usize, usize)> {
+        let end = address.checked_add(len as u64)?;
+        self.segments
+            .iter()
+            .position(|s| address >= s.start && end <= s.start + s.len)
+            .map(|index| (index, (address - self.segments[index].start) as usize))
+    }
+
     /// Word at a live address of the image.
     fn word(&self, address: u64) -> Option<u64> {
-        let segment = self
-            .segments
-            .iter()
-            .find(|s| (s.start..s.start + s.len).contains(&address))?;
-        let at = (address - segment.start) as usize;
         let mut word = [0; 8];
+        let (index, at) = self.find(address, word.len())?;
         for (i, byte) in word.iter_mut().enumerate() {
-            *byte = segment.bytes.get(at + i).copied().unwrap_or(0);
+            *byte = self.segments[index].bytes.get(at + i).copied().unwrap_or(0);
         }
         Some(u64::from_le_bytes(word))
     }
 
     fn patch(&mut self, address: u64, bytes: &[u8]) -> Option<()> {
-        let segment = self.segments.iter_mut().find(|s| {
-            s.writable && address >= s.start && address + bytes.len() as u64 <= s.start + s.len
-        })?;
-        let at = (address - segment.start) as usize;
+        let (index, at) = self.find(address, bytes.len())?;
+        let segment = &mut self.segments[index];
+        if !segment.writable {
+            return None;
+        }
         if segment.bytes.len() < at + bytes.len() {
             segment.bytes.resize(at + bytes.len(), 0);
         }
         segment.bytes[at..at + bytes.len()].copy_from_slice(bytes);
         Some(())
+    }
+
+    /// The pages that RELRO covers, from its range in the image: as in ld.so,
+    /// whole pages inside of the range. They must be the image's own.
+    fn sealed(&self, (vaddr, len): (u64, u64)) -> Option<(u64, u64)> {
+        let start = vaddr.wrapping_add(self.bias);
+        let end = start.checked_add(len)? & !0xfff;
+        let start = start & !0xfff;
+        let len = end.saturating_sub(start);
+        let (index, _) = self.find(start, usize::try_from(len).ok()?)?;
+        self.segments[index].writable.then_some((start, len))
     }
 }
 
@@ -85,20 +105,38 @@ pub fn relocate(
     scope: Option<&Scope>,
     given: Given,
 ) -> Result<Loaded, Refused> {
+    let broken = |reason: String| Refused::BrokenImage {
+        library: library.to_owned(),
+        reason,
+    };
+    let span = image.high() - image.low();
+    if span > MOST_BYTES {
+        return Err(Refused::ImageTooLarge {
+            library: library.to_owned(),
+            bytes: span,
+            most: MOST_BYTES,
+        });
+    }
+    if base.checked_add(span).is_none() {
+        return Err(broken(format!("{base:#x} is no place for {span} bytes")));
+    }
     let bias = base.wrapping_sub(image.low());
     let mut loaded = Loaded {
         bias,
         segments: segments(library, image, bias)?,
         ifuncs: Vec::new(),
-        relro: image.relro.map(|(vaddr, len)| {
-            // As ld.so does: whole pages inside of the range.
-            let start = vaddr.wrapping_add(bias) & !0xfff;
-            let end = vaddr.wrapping_add(len).wrapping_add(bias) & !0xfff;
-            (start, end.saturating_sub(start))
-        }),
+        relro: None,
         inits: Vec::new(),
         relocations: 0,
     };
+    if let Some(range) = image.relro {
+        let sealed = loaded
+            .sealed(range)
+            .ok_or_else(|| broken(format!("RELRO at {:#x} is not its own", range.0)))?;
+        loaded.relro = Some(sealed).filter(|(_, len)| *len > 0);
+    }
+    // Looked up once each: relocations of one symbol may be many.
+    let mut meanings = HashMap::new();
     for entry in &image.dynamic.relocations {
         let unsupported = || Refused::UnsupportedRelocation {
             library: library.to_owned(),
@@ -111,9 +149,11 @@ pub fn relocate(
             Some(addend) => addend as u64,
             None => in_place()?,
         };
-        let meaning = || -> Result<Meaning, Refused> {
+        let jump_slot = entry.kind == c::R_X86_64_JUMP_SLOT;
+        let look_up = || -> Result<Meaning, Refused> {
             if entry.symbol == 0 {
-                return Ok(Meaning::At(0));
+                // As in ld.so: a local symbol at the image's address 0.
+                return Ok(Meaning::Own(0));
             }
             let Some(scope) = scope else {
                 // The bridge: it has no imports.
@@ -126,8 +166,12 @@ pub fn relocate(
             match scope.interposed(entry.symbol) {
                 Some(Interposed::Getenv) => Ok(Meaning::At(given.getenv)),
                 Some(Interposed::Environ) => Ok(Meaning::At(given.environ)),
-                None => scope.meaning(entry.symbol, entry.kind == c::R_X86_64_JUMP_SLOT),
+                None => scope.meaning(entry.symbol, jump_slot),
             }
+        };
+        let mut meaning = || match meanings.entry((entry.symbol, jump_slot)) {
+            Entry::Occupied(known) => Ok(*known.get()),
+            Entry::Vacant(new) => Ok(*new.insert(look_up()?)),
         };
         let (meaning, addend, relative_to_place) = match entry.kind {
             c::R_X86_64_NONE => continue,
@@ -183,12 +227,14 @@ pub fn relocate(
         loaded.inits.push(init.wrapping_add(bias));
     }
     if let Some((array, len)) = image.dynamic.init_array {
+        if len / 8 > MOST_INITIALISERS {
+            return Err(broken(format!("DT_INIT_ARRAY has {} entries", len / 8)));
+        }
         for index in 0..len / 8 {
             let slot = array.wrapping_add(bias).wrapping_add(index * 8);
-            let function = loaded.word(slot).ok_or_else(|| Refused::BrokenImage {
-                library: library.to_owned(),
-                reason: format!("DT_INIT_ARRAY at {array:#x}"),
-            })?;
+            let function = loaded
+                .word(slot)
+                .ok_or_else(|| broken(format!("DT_INIT_ARRAY at {array:#x}")))?;
             // ld.so skips neither; 0 and -1 are left-overs of old toolchains.
             if function != 0 && function != u64::MAX {
                 loaded.inits.push(function);
@@ -207,9 +253,13 @@ fn segments(library: &str, image: &Image, bias: u64) -> Result<Vec<LoadedSegment
     for s in &image.segments {
         let first = s.vaddr & !0xfff;
         let end = (s.vaddr + s.mem_size).next_multiple_of(0x1000);
-        let file = image
-            .at(s.vaddr, s.file_size)
-            .ok_or_else(|| broken("a segment outside of the file"))?;
+        // One of zeros alone has no place in the file.
+        let file = match s.file_size {
+            0 => &[][..],
+            len => image
+                .at(s.vaddr, len)
+                .ok_or_else(|| broken("a segment outside of the file"))?,
+        };
         let start = first.wrapping_add(bias);
         if out
             .last()
