@@ -162,6 +162,25 @@ refusals! {
         /// What would go wrong.
         reason: String,
     } = "unsupported-import", "{library} imports {symbol}, which {reason}", "do without it in the callee";
+    /// The callee throws or catches exceptions, or cleans up behind them.
+    Exceptions {
+        /// The callee's library.
+        library: String,
+        /// The import that shows it.
+        symbol: String,
+    } = "exceptions", "{library} imports {symbol}: it takes part in exceptions, and the worker's unwinder would not know its frames",
+        "build the callee with -fno-exceptions and without library calls that throw, or leave it as RPC";
+    /// Caller and callee use one hidden variable of the C library, in the
+    /// middle of whose use the caller may be when it makes the call.
+    SharedState {
+        /// The caller's library.
+        caller: String,
+        /// The callee's library.
+        library: String,
+        /// The function or variable that the callee imports.
+        symbol: String,
+    } = "shared-state", "{library} and {caller} would share the hidden state of {symbol}",
+        "use the re-entrant function in either of them (strtok_r, hsearch_r, getpwent_r, ...)";
     /// A relocation that is not supported.
     UnsupportedRelocation {
         /// The callee's library.

@@ -3,10 +3,15 @@
 
 #[path = "loader/build.rs"]
 mod build;
+#[path = "loader/host.rs"]
+mod host;
 
 use build::{ABI, ALONE, Library};
+use host::Host;
 use nightgraft_patcher::Refused;
-use nightgraft_patcher::load::{self, Given, Loaded};
+use nightgraft_patcher::effects::effects;
+use nightgraft_patcher::load::{self, Given, Loaded, Scope};
+use nightgraft_patcher::snapshot::{Memory as _, ProcMemory};
 
 const BASE: u64 = 0x7f12_3456_7000;
 const GIVEN: Given = Given {
@@ -218,6 +223,240 @@ fn damaged_libraries_are_refused_or_loaded_but_survived() {
         }
     }
     assert!(loaded > 100 && refused > 100, "{loaded} {refused}");
+}
+
+/// What building the scope of `callee` in a worker of `caller` says.
+fn scope(caller: &Library, callee: &Library) -> Result<(), Refused> {
+    let (one, other) = (
+        Host::start(&[], &[&caller.path]),
+        Host::start(&[], &[&callee.path]),
+    );
+    let caller = one.read(&caller.path).unwrap();
+    let callee = other.read(&callee.path).unwrap();
+    Scope::new(&caller, &callee).map(|_| ())
+}
+
+#[test]
+fn what_takes_part_in_exceptions_is_refused() {
+    let caller = Library::new(ABI, &[]);
+    let refused = |language: &str, source: &str, with: &[&str]| {
+        let callee = Library::build(
+            if language == "c" { "gcc" } else { "g++" },
+            language,
+            source,
+            with,
+        );
+        match scope(&caller, &callee) {
+            Err(Refused::Exceptions { symbol, .. }) => symbol,
+            other => panic!("{other:?}"),
+        }
+    };
+    let throws = "void f(int i) { if (i) throw i; }";
+    assert!(refused("cc", throws, &[]).starts_with("__cxa_"));
+    let cleans = "void g(); struct S { ~S(); }; void f() { S s; g(); }  S::~S() {} \
+                  __attribute__((noinline)) void g() { __builtin_printf(\"\"); \
+                  extern void (*h)() __attribute__((weak)); h(); }";
+    assert_eq!(refused("cc", cleans, &[]), "__gxx_personality_v0");
+    let grows = "#include <vector>\nint f(std::vector<int> &v) { return v.at(9); }";
+    let symbol = refused("cc", grows, &["-fno-exceptions"]);
+    assert!(symbol.contains("__throw_"), "{symbol}");
+    let cleanup = "void done(int *); void g(void); void (*p)(void); \
+                   void f(void) { __attribute__((cleanup(done))) int i = 0; p(); } void done(int *i) {}";
+    let symbol = refused("c", cleanup, &["-fexceptions"]);
+    assert!(
+        symbol == "__gcc_personality_v0" || symbol == "_Unwind_Resume",
+        "{symbol}"
+    );
+    let weak = "extern void _Unwind_Backtrace(void) __attribute__((weak)); \
+                void *f(void) { return _Unwind_Backtrace; }";
+    assert_eq!(refused("c", weak, &[]), "_Unwind_Backtrace");
+}
+
+#[test]
+fn cplusplus_without_exceptions_is_not_refused_for_them() {
+    let source = "struct A { virtual int f() { return 1; } virtual ~A() {} }; int g(A *a) { return a->f(); }";
+    let callee = Library::build("g++", "cc", source, &["-fno-exceptions", "-fno-rtti"]);
+    let caller = Library::new(ABI, &[]);
+    let result = scope(&caller, &callee);
+    // The program has no libstdc++; that is another matter.
+    let fine = matches!(result, Ok(()) | Err(Refused::Dependency { .. }));
+    assert!(fine, "{result:?}");
+}
+
+#[test]
+fn a_position_in_the_c_library_is_not_shared() {
+    let library = |body: &str| {
+        Library::new(
+            &format!(
+                "#include <string.h>\n#include <getopt.h>\n#include <search.h>\n#include <stdlib.h>\n{body}"
+            ),
+            &[],
+        )
+    };
+    let splits = library("char *f(char *s) { return strtok(s, \",\"); }");
+    let other = library("char *f(char *s, char **p) { return strtok_r(s, \",\", p) + rand(); }");
+    let options = library("int f(int n, char **v) { return getopt(n, v, \"x\"); }");
+    let option = library("int f(void) { return optind; }");
+    match scope(&splits, &splits) {
+        Err(Refused::SharedState { symbol, .. }) => assert_eq!(symbol, "strtok"),
+        other => panic!("{other:?}"),
+    }
+    match scope(&options, &option) {
+        Err(Refused::SharedState { symbol, .. }) => assert_eq!(symbol, "optind"),
+        other => panic!("{other:?}"),
+    }
+    for (caller, callee) in [
+        (&splits, &other),
+        (&other, &splits),
+        (&other, &other),
+        (&splits, &options),
+    ] {
+        assert_eq!(scope(caller, callee), Ok(()));
+    }
+}
+
+#[test]
+fn hidden_state_of_the_c_library_shows_as_an_effect() {
+    let source = "
+        #define _GNU_SOURCE
+        #include <fcntl.h>
+        #include <sched.h>
+        #include <stdlib.h>
+        #include <string.h>
+        #include <sys/resource.h>
+        #include <sys/stat.h>
+        #include <unistd.h>
+        #include <pwd.h>
+        int flags;
+        long f(char *p) {
+            srand(3); umask(022); setrlimit(RLIMIT_CORE, (struct rlimit *)p); dup2(3, 4); syscall(39);
+            sched_setaffinity(0, 8, (cpu_set_t *)p);
+            return rand() + (long)strerror(open(p, flags)) + (long)getpwnam(p) + (long)getpwent();
+        }";
+    let library = Library::new(source, &["-O2", "-D_FORTIFY_SOURCE=2"]);
+    let found: Vec<(String, String)> = effects(&library.image())
+        .into_iter()
+        .map(|e| (e.kind, e.imports.join(" ")))
+        .collect();
+    let expected = [
+        ("files", "__open_2"),
+        ("descriptors", "dup2"),
+        ("process-settings", "sched_setaffinity setrlimit umask"),
+        ("random-numbers", "rand srand"),
+        ("static-results", "getpwnam strerror"),
+        ("databases", "getpwent"),
+        ("system-calls", "syscall"),
+    ];
+    let expected: Vec<_> = expected.map(|(k, i)| (k.to_owned(), i.to_owned())).into();
+    assert_eq!(found, expected);
+}
+
+/// References of every kind to the C library and to itself.
+const REFERENCES: &str = "
+    #include <math.h>
+    #include <stdio.h>
+    #include <stdlib.h>
+    #include <string.h>
+    #include <unistd.h>
+    #include <sys/time.h>
+    #include <time.h>
+    static int own; static int *relative[] = { &own, &own + 1 };
+    int exported = 3; int *pointer = &exported; int *behind = &exported + 5;
+    extern void nowhere(void) __attribute__((weak)); void (*weak)(void) = nowhere;
+    void *(*functions[])() = { (void *)memcpy, (void *)strlen, (void *)malloc, (void *)time, (void *)gettimeofday };
+    FILE **streams[] = { &stdout, &stderr };
+    static int one(void) { return 1; }
+    static int (*resolve(void))(void) { return one; }
+    int chosen(void) __attribute__((ifunc(\"resolve\")));
+    static int hidden(void) __attribute__((ifunc(\"resolve\")));
+    int (*choices[])(void) = { chosen, hidden };
+    __attribute__((constructor)) static void started(void) { own++; }
+    int use(char *p, int n) {
+        memset(p, n, n); memmove(p, p + 1, n); strchr(p, n); printf(p, **relative); fputs(p, stdout);
+        fclose(stdin); realpath(p, p); qsort(p, n, n, (void *)use); free(malloc(n)); chosen(); hidden();
+        gettimeofday((void *)p, 0); time(0); nowhere && (nowhere(), 0); own = *pointer;
+        return timer_create(0, 0, 0) + pthread_cond_wait(p, p) + sched_getaffinity(0, 0, 0) + nftw(p, 0, 0, 0);
+    }
+";
+
+/// Relocates `library` for the very place where ld.so has put it, and compares
+/// every word that a relocation made; how many there are, and how many of
+/// them are chosen by a function of the process.
+fn compare_with_ld_so(library: &Library, with: &[&str]) -> (usize, usize) {
+    let mut host = Host::start(with, &[&library.path]);
+    let worker = host.read(&library.path).unwrap();
+    let module = worker.function();
+    let scope = Scope::new(&worker, &worker).unwrap();
+    let base = module.image.low().wrapping_add(module.bias);
+    let loaded = load::relocate("/libbar.so", &module.image, base, Some(&scope), GIVEN).unwrap();
+    let memory = ProcMemory::open(host.pid()).unwrap();
+    assert_eq!(loaded.bias, module.bias);
+    let mut compared = 0;
+    for entry in &module.image.dynamic.relocations {
+        let at = entry.offset.wrapping_add(module.bias);
+        let live = memory.u64(at).unwrap();
+        let ours = match loaded.ifuncs.iter().find(|i| i.slot == at) {
+            Some(ifunc) => host.call(ifunc.resolver).wrapping_add(ifunc.addend),
+            None => {
+                let segment = loaded
+                    .segments
+                    .iter()
+                    .find(|s| (s.start..s.start + s.len).contains(&at))
+                    .unwrap();
+                let from = (at - segment.start) as usize;
+                u64::from_le_bytes(segment.bytes[from..from + 8].try_into().unwrap())
+            }
+        };
+        let name = &module.image.symbols[entry.symbol as usize].name;
+        assert_eq!(
+            ours, live,
+            "{with:?}: {entry:x?} of \"{name}\": {ours:#x}, ld.so {live:#x}"
+        );
+        compared += 1;
+    }
+    for segment in loaded.segments.iter().filter(|s| !s.writable) {
+        let mut live = vec![0; segment.bytes.len()];
+        memory.read(segment.start, &mut live).unwrap();
+        assert!(live == segment.bytes, "{:#x}", segment.start);
+    }
+    (compared, loaded.ifuncs.len())
+}
+
+#[test]
+fn relocations_come_out_as_those_of_ld_so() {
+    for with in [
+        &["-Wl,-z,now"][..],
+        &["-Wl,-z,lazy", "-fcf-protection"],
+        &[
+            "-fno-plt",
+            "-Wl,-z,pack-relative-relocs",
+            "-Wl,--hash-style=gnu",
+        ],
+        &["-Wl,-Bsymbolic", "-Wl,--hash-style=sysv"],
+        &["-fvisibility=protected", "-O0"],
+    ] {
+        let library = Library::new(REFERENCES, with);
+        // A program at a fixed address has its own copy of `stdout`.
+        for host in [&["-pie", "-fPIE"][..], &["-no-pie", "-fno-pie"]] {
+            let (compared, chosen) = compare_with_ld_so(&library, host);
+            assert!(
+                compared > 30 && chosen > 5,
+                "{with:?}: {compared}, {chosen}"
+            );
+        }
+    }
+}
+
+#[test]
+fn references_without_versions_come_out_as_those_of_ld_so() {
+    // Linked without the C library, so none of the imports has a version:
+    // some have several definitions there, of which the oldest is found.
+    let library = Library::new(REFERENCES, &["-nostdlib"]);
+    let image = library.image();
+    let mut imports = image.symbols.iter().filter(|s| s.undefined());
+    assert!(imports.all(|s| s.version.is_none()));
+    let (compared, chosen) = compare_with_ld_so(&library, &[]);
+    assert!(compared > 30 && chosen > 5, "{compared}, {chosen}");
 }
 
 #[test]

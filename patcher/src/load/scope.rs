@@ -7,6 +7,7 @@
 
 use std::sync::Arc;
 
+use crate::effects::shared_cursor;
 use crate::elf::constants as c;
 use crate::elf::{Image, Symbol};
 use crate::load::Meaning;
@@ -42,16 +43,37 @@ const UNSUPPORTED: &[(&[&str], &str)] = &[
         &["__tls_get_addr", "__tls_get_addr_slow"],
         "needs thread-local storage of the image's own",
     ),
-    (
-        &[
-            "_Unwind_RaiseException",
-            "_Unwind_Resume",
-            "_Unwind_ForcedUnwind",
-            "_Unwind_Backtrace",
-        ],
-        "unwinds through frames that the unwinder does not know",
-    ),
 ];
+
+/// Imports of code that throws, catches or has something to clean up when an
+/// exception passes.
+const EXCEPTIONS: &[&str] = &[
+    "__gxx_personality_v0",
+    "__gcc_personality_v0",
+    "__gnat_personality_v0",
+    "__gdc_personality_v0",
+    "__gccgo_personality_v0",
+    "__objc_personality_v0",
+    "__cxa_allocate_exception",
+    "__cxa_throw",
+    "__cxa_rethrow",
+    "__cxa_begin_catch",
+    "__cxa_bad_cast",
+    "__cxa_bad_typeid",
+    "__cxa_throw_bad_array_new_length",
+    "__cxa_throw_bad_array_length",
+];
+
+/// Whether an import has to do with exceptions. The image's unwind tables are
+/// not registered in the worker, so one that reaches its frames ends the
+/// process, also where the callee has a handler for it.
+fn exceptional(name: &str) -> bool {
+    EXCEPTIONS.contains(&name)
+        || name.starts_with("_Unwind_")
+        || name.starts_with("_ZSt17rethrow_exception")
+        // std::__throw_length_error(char const*) and the like.
+        || name.starts_with("_ZSt") && name.contains("__throw_")
+}
 
 struct Provider {
     name: String,
@@ -72,9 +94,20 @@ impl Scope {
     /// Builds the scope of `callee`'s function in `caller`'s worker.
     ///
     /// # Errors
-    /// The function needs a library that its worker did not start with.
+    /// The function imports what cannot be had, or what must not be shared with
+    /// the caller, or needs a library that its worker did not start with.
     pub fn new(caller: &Worker, callee: &Worker) -> Result<Scope, Refused> {
         let function = callee.function();
+        imports(&function.path, &function.image)?;
+        for module in &caller.modules[caller.library..] {
+            if let Some(symbol) = shared_cursor(&module.image, &function.image) {
+                return Err(Refused::SharedState {
+                    caller: module.path.clone(),
+                    library: function.path.clone(),
+                    symbol: symbol.to_owned(),
+                });
+            }
+        }
         let startup = &callee.modules[..callee.library];
         for needed in &function.image.dynamic.needed {
             if !startup
@@ -123,15 +156,6 @@ impl Scope {
             return Err(Refused::Tls {
                 library: self.library.clone(),
             });
-        }
-        for (names, reason) in UNSUPPORTED {
-            if symbol.undefined() && names.contains(&symbol.name.as_str()) {
-                return Err(Refused::UnsupportedImport {
-                    library: self.library.clone(),
-                    symbol: symbol.name.clone(),
-                    reason: (*reason).into(),
-                });
-            }
         }
         let own = || {
             if symbol.section == c::SHN_ABS {
@@ -247,6 +271,30 @@ impl Scope {
             symbol: name.into(),
         })
     }
+}
+
+/// Checks what can be told from the imports' names alone, weak ones and those
+/// that no relocation uses among them.
+fn imports(library: &str, image: &Image) -> Result<(), Refused> {
+    for symbol in image.symbols.iter().filter(|s| s.undefined()) {
+        let name = symbol.name.as_str();
+        if exceptional(name) {
+            return Err(Refused::Exceptions {
+                library: library.to_owned(),
+                symbol: name.to_owned(),
+            });
+        }
+        for (names, reason) in UNSUPPORTED {
+            if names.contains(&name) {
+                return Err(Refused::UnsupportedImport {
+                    library: library.to_owned(),
+                    symbol: name.to_owned(),
+                    reason: (*reason).into(),
+                });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The caller's copy of a module of the callee's worker.
