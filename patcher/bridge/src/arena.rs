@@ -7,8 +7,9 @@
 //! in nightcore outputs are parts of zero-filled messages or of pages, and
 //! careless functions live on that.
 //!
-//! At the next outermost entry everything is dropped; the largest chunk is
-//! kept (up to [`KEEP`] bytes) so that a steady load maps nothing.
+//! At the next outermost entry everything is dropped. What one outermost call
+//! took is taken at once by the next one, in one chunk that is kept (up to
+//! [`KEEP`] bytes): a steady load maps nothing.
 
 use core::cell::Cell;
 
@@ -33,6 +34,8 @@ pub struct Arena {
     end: Cell<u64>,
     /// Bytes mapped.
     mapped: Cell<u64>,
+    /// What the last outermost call had mapped when it was over.
+    last: Cell<u64>,
 }
 
 #[repr(C, align(64))]
@@ -116,7 +119,11 @@ impl Arena {
             return None;
         }
         let want = if out == 0 { need } else { need.checked_mul(2)? };
-        let floor = (FIRST as u64).max(size.min(1 << 20) * 2);
+        let floor = if self.chunk.get() == 0 {
+            (FIRST as u64).max(self.last.get())
+        } else {
+            size.min(1 << 20) * 2
+        };
         let size = want
             .checked_add(header)?
             .max(floor)
@@ -148,23 +155,20 @@ impl Arena {
     pub unsafe fn reset(&self) {
         let mut keep = 0_u64;
         let mut keep_len = 0_u64;
-        let mut chunk = self.chunk.get();
+        let newest = self.chunk.get();
+        let mut chunk = newest;
         while chunk != 0 {
             // SAFETY: chunks are linked by `grow_cold` alone.
             let Chunk { older, len } = unsafe { (chunk as *const Chunk).read() };
-            let drop = if len <= KEEP as u64 && len > keep_len {
-                let worse = (keep, keep_len);
+            if chunk == newest && older == 0 && len <= KEEP as u64 {
                 (keep, keep_len) = (chunk, len);
-                worse
             } else {
-                (chunk, len)
-            };
-            if drop.0 != 0 {
                 // SAFETY: a chunk of ours whose outputs are dropped.
-                unsafe { sys::unmap(drop.0 as *mut u8, drop.1 as usize) };
+                unsafe { sys::unmap(chunk as *mut u8, len as usize) };
             }
             chunk = older;
         }
+        self.last.set(self.mapped.get().min(KEEP as u64));
         self.chunk.set(keep);
         self.mapped.set(keep_len);
         if keep == 0 {
@@ -227,10 +231,13 @@ mod tests {
         let before = arena.mapped();
         // SAFETY: `outs` is not read after this.
         unsafe { arena.reset() };
-        assert!(
-            arena.mapped() < before && arena.mapped() > 0,
-            "the largest chunk is kept"
-        );
+        assert_eq!(arena.mapped(), 0, "several chunks are given back");
+        let mut out = (0, 0);
+        append(&arena, &mut out, b"next");
+        assert_eq!(arena.mapped(), before, "and taken at once the next time");
+        // SAFETY: `out` is not read after this.
+        unsafe { arena.reset() };
+        assert_eq!(arena.mapped(), before, "one chunk is kept");
     }
 
     #[test]

