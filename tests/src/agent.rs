@@ -5,6 +5,8 @@
 //! machine, so commands name the engine that they mean.
 
 use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -20,6 +22,8 @@ use crate::Node;
 
 /// How long the agent may take until it answers.
 const START: Duration = Duration::from_secs(10);
+/// How long it may take for a request.
+const REQUEST: Duration = Duration::from_secs(60);
 
 /// What a run of `agentctl` gave.
 #[derive(Debug, Clone)]
@@ -63,9 +67,27 @@ impl Agent {
 
     /// Starts an agent whose command is changed first.
     pub fn start_with(change: impl FnOnce(&mut Command)) -> Result<Self> {
+        Self::start_by(&[], change)
+    }
+
+    /// Starts an agent through another program that becomes it, such as
+    /// `setpriv` with its options.
+    pub fn start_through(wrapper: &[&str]) -> Result<Self> {
+        Self::start_by(wrapper, |_| {})
+    }
+
+    fn start_by(wrapper: &[&str], change: impl FnOnce(&mut Command)) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("nightagent-").tempdir()?;
         let log = File::create(dir.path().join("agent.log"))?;
-        let mut command = Command::new(crate::bin("agent")?);
+        let agent = crate::bin("agent")?;
+        let mut command = match wrapper {
+            [] => Command::new(agent),
+            [program, options @ ..] => {
+                let mut command = Command::new(program);
+                command.args(options).arg(agent);
+                command
+            }
+        };
         command
             .arg("--socket")
             .arg(dir.path().join("agent.sock"))
@@ -112,6 +134,45 @@ impl Agent {
     /// Runs `agentctl`.
     pub fn ctl(&self, arguments: &[&str]) -> Result<Answer> {
         ctl(&self.socket(), arguments)
+    }
+
+    /// Posts JSON to the agent's API and gives the status code and the body:
+    /// what `agentctl` does, without a process for each request.
+    pub fn post(&self, path: &str, body: &Value) -> Result<(u16, Value)> {
+        let mut stream = UnixStream::connect(self.socket())?;
+        stream.set_read_timeout(Some(REQUEST))?;
+        let body = body.to_string();
+        let length = body.len();
+        write!(
+            stream,
+            "POST {path} HTTP/1.1\r\nHost: agent\r\nContent-Type: application/json\r\n\
+             Content-Length: {length}\r\nConnection: close\r\n\r\n{body}"
+        )?;
+        let mut answer = String::new();
+        stream
+            .read_to_string(&mut answer)
+            .with_context(|| format!("no answer to {path} {body}: {answer}"))?;
+        let (head, body) = answer
+            .split_once("\r\n\r\n")
+            .with_context(|| format!("no HTTP: {answer}"))?;
+        let code = head.split(' ').nth(1).context("a status code")?.parse()?;
+        Ok((code, serde_json::from_str(body).context("no JSON")?))
+    }
+
+    /// Fuses an edge at once, without watching the workers afterwards.
+    pub fn patch_unwatched(&self, node: &Node, caller: &str, callee: &str) -> Result<(u16, Value)> {
+        let engine = node.engine_pid();
+        let request = serde_json::json!({
+            "caller": caller, "callee": callee, "engine": engine, "canary_wait_ms": 0
+        });
+        self.post("/v1/patch", &request)
+    }
+
+    /// Reverts an edge, whatever comes of it.
+    pub fn try_revert(&self, node: &Node, caller: &str, callee: &str) -> Result<(u16, Value)> {
+        let engine = node.engine_pid();
+        let request = serde_json::json!({"caller": caller, "callee": callee, "engine": engine});
+        self.post("/v1/revert", &request)
     }
 
     /// Runs `agentctl --json` on an edge of a node.
