@@ -4,6 +4,9 @@
  * call itself.
  *
  *   input: "N " and the payload; answer: "<ns per call> <length of the last>"
+ *
+ * With EXAMPLE, Bar does what nightcore's own example function does: it
+ * composes a greeting in memory of its own and appends that.
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -13,11 +16,25 @@
 
 #include "worker_v1.h"
 
+#ifdef LEAN_BAR
 static __attribute__((noinline)) int lean_bar(const struct context *ctx, const char *input,
                                               size_t length) {
+#ifdef EXAMPLE
+    static const char greeting[] = "From function Bar: ";
+    char *text = malloc(sizeof greeting + length);
+    if (text == NULL) {
+        return -1;
+    }
+    memcpy(text, greeting, sizeof greeting - 1);
+    memcpy(text + sizeof greeting - 1, input, length);
+    ctx->append(ctx->caller_context, text, sizeof greeting - 1 + length);
+    free(text);
+#else
     ctx->append(ctx->caller_context, input, length);
+#endif
     return 0;
 }
+#endif
 
 #ifdef LEAN_FOO
 static __attribute__((noinline)) int lean_foo(const struct context *ctx, const char *input,

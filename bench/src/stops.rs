@@ -2,8 +2,8 @@
 //! interrupt to the last detach.
 
 use anyhow::{Context, Result};
-use nightgraft_testbed::load::{Load, LoadSpec};
 use nightgraft_testbed::fixtures::{self, Compiler};
+use nightgraft_testbed::load::{Load, LoadSpec};
 use nightgraft_testbed::{Agent, FunctionSpec, Node, NodeSpec};
 use serde::Serialize;
 use serde_json::Value;
@@ -64,12 +64,20 @@ pub(crate) fn measure(rounds: usize) -> Result<Stops> {
 
 fn patched(answer: &Value) -> Result<(f64, f64)> {
     let receipt = &answer["workers"][0]["receipt"];
-    let commit = receipt["commit_stop_ns"].as_f64().context("no commit stop")?;
+    let commit = receipt["commit_stop_ns"]
+        .as_f64()
+        .context("no commit stop")?;
     Ok((commit / 1e3, sum(&receipt["stops_ns"])))
 }
 
 fn sum(stops: &Value) -> f64 {
-    stops.as_array().into_iter().flatten().filter_map(Value::as_f64).sum::<f64>() / 1e3
+    stops
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_f64)
+        .sum::<f64>()
+        / 1e3
 }
 
 /// A table for people.
@@ -77,7 +85,15 @@ pub(crate) fn print(stops: &Stops) {
     println!("\nstops of one worker, µs: median (quartiles)");
     println!("{:<28}{:>28}{:>28}", "", "idle node", "full load");
     let row = |name: &str, idle: String, load: String| println!("{name:<28}{idle:>28}{load:>28}");
-    row("commit", stops.commit_idle_us.to_string(), stops.commit_load_us.to_string());
-    row("all stops of a first patch", stops.total_idle_us.to_string(), stops.total_load_us.to_string());
+    row(
+        "commit",
+        stops.commit_idle_us.to_string(),
+        stops.commit_load_us.to_string(),
+    );
+    row(
+        "all stops of a first patch",
+        stops.total_idle_us.to_string(),
+        stops.total_load_us.to_string(),
+    );
     row("revert", String::new(), stops.revert_load_us.to_string());
 }
