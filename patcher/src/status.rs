@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nightgraft_bridge::abi::{self, Control, Graft, SharedEdge};
 
-use crate::manifest::{GraftRecord, Manifest, Present};
+use crate::manifest::{GraftRecord, Manifest, Present, Region};
 use crate::report::{CalleeState, EdgeCounters, GraftStatus, RpcReasons, WorkerStatus};
 use crate::snapshot::{Memory, SnapshotError};
 
@@ -26,7 +26,12 @@ pub fn status(present: &Present, memory: &dyn Memory) -> Result<WorkerStatus, Sn
         ..RpcReasons::default()
     };
     let mut grafts = Vec::new();
-    for (index, graft) in manifest.grafts.iter().enumerate().filter(|(_, g)| !g.replaced) {
+    for (index, graft) in manifest
+        .grafts
+        .iter()
+        .enumerate()
+        .filter(|(_, g)| !g.replaced)
+    {
         let sites: Vec<usize> = (0..manifest.windows.len())
             .filter(|i| manifest.windows[*i].names.contains(&graft.callee))
             .collect();
@@ -43,19 +48,33 @@ pub fn status(present: &Present, memory: &dyn Memory) -> Result<WorkerStatus, Sn
                 _ => CalleeState::Failed,
             },
             failure: failure(graft, present.states[index], memory)?,
-            sites: sites.into_iter().map(|i| manifest.windows[i].address).collect(),
+            sites: sites
+                .into_iter()
+                .map(|i| manifest.windows[i].address)
+                .collect(),
             counters: counters(manifest, graft, &common, memory)?,
         });
     }
     Ok(WorkerStatus {
         pid: manifest.pid,
         bridge_version: manifest.version,
-        mapped_bytes: manifest.regions.iter().map(|r| r.len).sum(),
+        mapped_bytes: total(&manifest.regions),
         grafts,
     })
 }
 
-fn failure(graft: &GraftRecord, state: u8, memory: &dyn Memory) -> Result<Option<String>, SnapshotError> {
+/// Bytes of all regions. The record is the worker's, so is what it adds up to.
+fn total(regions: &[Region]) -> u64 {
+    regions
+        .iter()
+        .fold(0, |sum, region| sum.saturating_add(region.len))
+}
+
+fn failure(
+    graft: &GraftRecord,
+    state: u8,
+    memory: &dyn Memory,
+) -> Result<Option<String>, SnapshotError> {
     if state != abi::STATE_FAILED {
         return Ok(None);
     }
@@ -63,12 +82,18 @@ fn failure(graft: &GraftRecord, state: u8, memory: &dyn Memory) -> Result<Option
     let code = memory.u64(graft.graft + offset_of!(Graft, failure_code) as u64)? as u32 as i32;
     Ok(Some(match kind {
         abi::FAILURE_THREAD => {
-            format!("its thread could not be started: {}", nix::errno::Errno::from_raw(code))
+            format!(
+                "its thread could not be started: {}",
+                nix::errno::Errno::from_raw(code)
+            )
         }
         abi::FAILURE_FAAS_INIT => format!("faas_init returned {code}"),
         abi::FAILURE_FAAS_CREATE => format!("faas_create_func_worker returned {code}"),
         abi::FAILURE_RELRO => {
-            format!("its RELRO pages could not be sealed: {}", nix::errno::Errno::from_raw(code))
+            format!(
+                "its RELRO pages could not be sealed: {}",
+                nix::errno::Errno::from_raw(code)
+            )
         }
         other => format!("failure {other} with code {code}"),
     }))
@@ -97,7 +122,8 @@ fn counters(
             memory: read(offset_of!(SharedEdge, rpc_memory))?,
             ..common.clone()
         },
-        fused_ns_mean: (samples > 0).then(|| cycles as f64 / samples as f64 / cycles_per_nanosecond()),
+        fused_ns_mean: (samples > 0)
+            .then(|| cycles as f64 / samples as f64 / cycles_per_nanosecond()),
     })
 }
 
@@ -108,7 +134,7 @@ fn cycles_per_nanosecond() -> f64 {
     *RATE.get_or_init(|| {
         let (start, from) = (Instant::now(), cycles());
         std::thread::sleep(Duration::from_millis(20));
-        (cycles() - from) as f64 / start.elapsed().as_nanos() as f64
+        cycles().wrapping_sub(from) as f64 / start.elapsed().as_nanos() as f64
     })
 }
 
@@ -116,4 +142,17 @@ fn cycles() -> u64 {
     // SAFETY: RDTSC reads a counter; it faults only where prctl(PR_SET_TSC)
     // forbade it to this process, which nobody does to an agent.
     unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regions_that_add_up_to_more_than_there_is_do_not_overflow() {
+        let regions = [u64::MAX - 1, 1, u64::MAX].map(|len| Region { start: 0, len });
+        assert_eq!(total(&regions[..2]), u64::MAX);
+        assert_eq!(total(&regions), u64::MAX);
+        assert_eq!(total(&[]), 0);
+    }
 }
