@@ -1,6 +1,11 @@
 //! The loader on libraries that a compiler made: what it refuses, and that
 //! what it loads is what ld.so would have made of it.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "helpers of tests: to panic is their verdict"
+)]
+
 #[path = "loader/build.rs"]
 mod build;
 #[path = "loader/host.rs"]
@@ -457,6 +462,37 @@ fn references_without_versions_come_out_as_those_of_ld_so() {
     assert!(imports.all(|s| s.version.is_none()));
     let (compared, chosen) = compare_with_ld_so(&library, &[]);
     assert!(compared > 30 && chosen > 5, "{compared}, {chosen}");
+}
+
+#[test]
+fn a_library_that_was_replaced_on_disk_is_known_by_its_code_or_its_build_id() {
+    let source = |number| format!("int f(void) {{ return {number}; }}");
+    for option in ["-Wl,--build-id=none", "-Wl,--build-id=sha1"] {
+        let old = Library::new(&source(5), &[option]);
+        let host = Host::start(&[], &[&old.path]);
+        assert_eq!(
+            host.read(&old.path).unwrap().function().path,
+            old.path.to_str().unwrap()
+        );
+        let new = Library::new(&source(7), &[option]);
+        std::fs::rename(&new.path, &old.path).unwrap();
+        let error = host.read(&old.path).unwrap_err();
+        assert!(
+            error.to_string().contains("replaced on disk"),
+            "{option}: {error}"
+        );
+    }
+}
+
+#[test]
+fn arguments_are_read_as_they_were_given() {
+    let library = Library::new(ABI, &[]);
+    let nothing = std::path::Path::new("");
+    let host = Host::start(&[], &[nothing, &library.path, nothing]);
+    let worker = host.read(&library.path).unwrap();
+    let path = library.path.to_str().unwrap().as_bytes();
+    assert_eq!(worker.arguments[1..], [b"", path, b""]);
+    assert!(worker.environment.iter().all(|s| !s.is_empty()));
 }
 
 #[test]

@@ -71,7 +71,7 @@ fn a_segment_of_zeros_alone_needs_nothing_of_the_file() {
 
 #[test]
 fn a_segment_lies_in_user_space() {
-    for start in [u64::MAX & !0xfff, (1 << 47) - 0x1000, 1 << 63] {
+    for start in [!0xfff, (1 << 47) - 0x1000, 1 << 63] {
         let text = refusal(segments(&[[0, start, 0, 0x1000, 0x2000, 0x1000]]));
         assert!(text.contains("PT_LOAD"), "{text}");
     }

@@ -10,6 +10,8 @@ use super::{Memory, SnapshotError};
 const MOST: usize = 4096;
 /// Longest file name that is read, in bytes.
 const LONGEST: usize = 4096;
+/// Most bytes of all names together.
+const MOST_NAMES: usize = 256 << 10;
 
 /// One entry of the chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +41,7 @@ pub(super) fn read(memory: &dyn Memory, slot: u64) -> Result<Vec<Loaded>, Snapsh
     }
     let mut at = memory.u64(debug.wrapping_add(8))?;
     let mut chain = Vec::new();
+    let mut left = MOST_NAMES;
     while at != 0 {
         if chain.len() == MOST {
             return Err(broken("the chain does not end"));
@@ -47,9 +50,14 @@ pub(super) fn read(memory: &dyn Memory, slot: u64) -> Result<Vec<Loaded>, Snapsh
         memory.read(at, &mut entry)?;
         let field =
             |i: usize| u64::from_le_bytes(entry[i * 8..][..8].try_into().unwrap_or_default());
+        let name = memory.string(field(1), LONGEST.min(left))?;
+        left = left.saturating_sub(name.len().max(1));
+        if left == 0 {
+            return Err(broken("its names are too long"));
+        }
         chain.push(Loaded {
             bias: field(0),
-            name: memory.string(field(1), LONGEST)?,
+            name,
             dynamic: field(2),
         });
         at = field(3);

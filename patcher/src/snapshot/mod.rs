@@ -7,14 +7,16 @@
 //!  /proc/PID/root/…                               the ELF files
 //! ```
 //!
-//! A file is taken for what is mapped only if its headers, as they lie in
-//! memory, are the file's: names, devices and inodes can lie (a file replaced
-//! on disk, overlayfs before Linux 6.8).
+//! A file is taken for what is mapped only if its headers and build-id, as
+//! they lie in memory, are the file's; without a build-id, all that is never
+//! written is compared. Names, devices and inodes can lie (a file replaced on
+//! disk, overlayfs before Linux 6.8).
 //!
 //! A worker runs on while it is read, so a snapshot may be out of date at
 //! once. Whatever a patch relies on is checked again while it is stopped.
 
 mod linkmap;
+mod mapped;
 mod rootfs;
 
 use std::path::{Path, PathBuf};
@@ -276,7 +278,8 @@ impl Worker {
             .map_err(&gone_or)?
             .to_string_lossy()
             .into_owned();
-        let executable = parse(&executable_path, rootfs::read_executable(pid)?)?;
+        let mut left = MOST_BYTES;
+        let executable = parse(&executable_path, rootfs::read_executable(pid)?, &mut left)?;
         let entry = auxv.get(&AT_ENTRY).copied().unwrap_or(executable.entry);
         let bias = entry.wrapping_sub(executable.entry);
         let Some(slot) = executable.dynamic.debug_slot else {
@@ -285,18 +288,25 @@ impl Worker {
             });
         };
         let chain = linkmap::read(&memory, slot.wrapping_add(bias))?;
+        let mapped = mapped::Mapped {
+            pid,
+            start_time,
+            maps: &maps,
+            memory: &memory,
+        };
         let mut modules = Vec::with_capacity(chain.len());
         for loaded in chain {
             if modules.is_empty() {
-                check_mapped(pid, &memory, &executable_path, &executable, bias)?;
+                mapped.check(&executable_path, &executable, bias)?;
                 modules.push(Module {
                     path: executable_path.clone(),
                     bias,
                     image: Arc::new(executable.clone()),
                 });
             } else if loaded.name.starts_with('/') {
-                let image = parse(&loaded.name, rootfs::read(pid, Path::new(&loaded.name))?)?;
-                check_mapped(pid, &memory, &loaded.name, &image, loaded.bias)?;
+                let bytes = rootfs::read(pid, Path::new(&loaded.name))?;
+                let image = parse(&loaded.name, bytes, &mut left)?;
+                mapped.check(&loaded.name, &image, loaded.bias)?;
                 modules.push(Module {
                     path: loaded.name,
                     bias: loaded.bias,
@@ -323,7 +333,11 @@ impl Worker {
             maps,
             modules,
             library,
-            environment: strings(pid, "environ")?,
+            // Those without a name are what is left of strings taken away.
+            environment: strings(pid, "environ")?
+                .into_iter()
+                .filter(|s| !s.is_empty())
+                .collect(),
             arguments: strings(pid, "cmdline")?,
             stack_limit,
         })
@@ -371,49 +385,36 @@ fn map(m: procfs::process::MemoryMap) -> Map {
     }
 }
 
-fn parse(path: &str, bytes: Arc<[u8]>) -> Result<Image, SnapshotError> {
+/// Most bytes that the files of all of a worker's modules may have together.
+const MOST_BYTES: u64 = 2 << 30;
+
+fn parse(path: &str, bytes: Arc<[u8]>, left: &mut u64) -> Result<Image, SnapshotError> {
+    *left = left
+        .checked_sub(bytes.len() as u64)
+        .ok_or_else(|| SnapshotError::LinkMap {
+            what: format!("with {path}, its files have more than {MOST_BYTES} bytes"),
+        })?;
     Image::parse(bytes).map_err(|source| SnapshotError::Elf {
         path: path.to_owned(),
         source,
     })
 }
 
-/// The headers in memory must be the file's. They lie in the first segment,
-/// which no relocation changes and, in practice, nobody writes.
-fn check_mapped(
-    pid: i32,
-    memory: &dyn Memory,
-    path: &str,
-    image: &Image,
-    bias: u64,
-) -> Result<(), SnapshotError> {
-    let Some(first) = image.segments.first() else {
-        return Err(SnapshotError::Replaced {
-            pid,
-            path: path.to_owned(),
-        });
-    };
-    let len = first.file_size.min(4096);
-    let mut live = vec![0; len as usize];
-    memory.read(first.vaddr.wrapping_add(bias), &mut live)?;
-    let file = image.at(first.vaddr, len).unwrap_or_default();
-    if first.writable() || live == file {
-        return Ok(());
-    }
-    Err(SnapshotError::Replaced {
-        pid,
-        path: path.to_owned(),
-    })
-}
-
+/// The strings of `/proc/PID/environ` or `cmdline`, each ended by a NUL; an
+/// empty one is a string too.
 fn strings(pid: i32, file: &str) -> Result<Vec<Vec<u8>>, SnapshotError> {
     let path = format!("/proc/{pid}/{file}");
     let bytes = std::fs::read(&path).map_err(|source| read_error(pid, path, source))?;
-    Ok(bytes
-        .split(|b| *b == 0)
-        .filter(|s| !s.is_empty())
-        .map(<[u8]>::to_vec)
-        .collect())
+    Ok(split(&bytes))
+}
+
+fn split(bytes: &[u8]) -> Vec<Vec<u8>> {
+    // Nothing is behind the last NUL, which is no string.
+    let whole = bytes.strip_suffix(&[0]).unwrap_or(bytes);
+    match bytes {
+        [] => Vec::new(),
+        _ => whole.split(|b| *b == 0).map(<[u8]>::to_vec).collect(),
+    }
 }
 
 /// The worker's own `invoke_func` routine: live addresses of every function
@@ -461,5 +462,17 @@ pub(crate) mod testing {
             }
             Ok(())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn empty_arguments_are_arguments() {
+        let all = |bytes: &[u8]| split(bytes).len();
+        assert_eq!(split(b"a\0\0b\0\0"), [&b"a"[..], b"", b"b", b""]);
+        assert_eq!((all(b""), all(b"\0"), all(b"a"), all(b"a\0")), (0, 1, 1, 1));
     }
 }
