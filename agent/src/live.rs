@@ -2,6 +2,7 @@
 //! words.
 
 use std::io::ErrorKind;
+use std::time::{Duration, Instant};
 
 use nightgraft_patcher::apply::{ApplyError, Limits};
 use nightgraft_patcher::session::{self, Failure, Function};
@@ -33,7 +34,7 @@ impl Grafter for Live {
         callee_name: &str,
     ) -> Result<Explained, GraftError> {
         let plan = session::explain(function(caller), function(callee), callee_name)
-            .map_err(graft_error)?;
+            .map_err(|failure| failed(failure, &[caller, callee]))?;
         let text = plan.render();
         match serde_json::to_value(&plan) {
             Ok(plan) => Ok(Explained { text, plan }),
@@ -55,19 +56,21 @@ impl Grafter for Live {
             callee_name,
             &self.limits,
         )
-        .map_err(graft_error)
+        .map_err(|failure| failed(failure, &[caller, callee]))
     }
 
     fn revert(&self, caller: &Target, callee_name: &str) -> Result<RevertReceipt, GraftError> {
-        session::revert(function(caller), callee_name, &self.limits).map_err(graft_error)
+        session::revert(function(caller), callee_name, &self.limits)
+            .map_err(|failure| failed(failure, &[caller]))
     }
 
     fn status(&self, worker: &Target) -> Result<Option<WorkerStatus>, GraftError> {
-        session::read_status(function(worker)).map_err(graft_error)
+        session::read_status(function(worker)).map_err(|failure| failed(failure, &[worker]))
     }
 
     fn build_id(&self, worker: &Target) -> Result<Option<String>, GraftError> {
-        let id = session::build_id(function(worker)).map_err(graft_error)?;
+        let id =
+            session::build_id(function(worker)).map_err(|failure| failed(failure, &[worker]))?;
         Ok((!id.is_empty()).then_some(id))
     }
 
@@ -78,9 +81,65 @@ impl Grafter for Live {
                 "{callee_name} is not fused into worker {}",
                 caller.pid
             ))),
-            Err(failure) => Err(graft_error(failure)),
+            Err(failure) => Err(failed(failure, &[caller])),
         }
     }
+}
+
+/// How long a process that may be dying is watched.
+const DYING: Duration = Duration::from_millis(50);
+
+/// The error of a call on these workers. A worker that dies while it is read
+/// or traced shows in many ways (short reads, threads that are gone): whatever
+/// failed, a dead worker is the reason to give.
+fn failed(failure: Failure, workers: &[&Target]) -> GraftError {
+    let error = graft_error(failure);
+    if !matches!(error, GraftError::Failed(_)) {
+        return error;
+    }
+    match workers.iter().find(|worker| !lives(worker)) {
+        Some(worker) => GraftError::WorkerGone { pid: worker.pid },
+        None => error,
+    }
+}
+
+/// Whether the worker goes on living: one with a SIGKILL pending, or without
+/// memory already, is given a moment to be gone.
+fn lives(worker: &Target) -> bool {
+    let since = Instant::now();
+    loop {
+        let dying = match procfs_state(worker) {
+            None => return false,
+            Some(dying) => dying,
+        };
+        if since.elapsed() > DYING {
+            return !dying;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// `None` if the process is gone, else whether it is on its way out.
+fn procfs_state(worker: &Target) -> Option<bool> {
+    const SIGKILL: u64 = 1 << 8;
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", worker.pid)).ok()?;
+    // Behind the name, which may hold anything: state is field 3, start time 22.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    let state = fields.next()?;
+    let start_time: u64 = fields.nth(18)?.parse().ok()?;
+    if start_time != worker.start_time || matches!(state, "Z" | "X" | "x") {
+        return None;
+    }
+    let status = std::fs::read_to_string(format!("/proc/{}/status", worker.pid)).ok()?;
+    let pending = |name: &str| {
+        let line = status.lines().find_map(|l| l.strip_prefix(name))?;
+        u64::from_str_radix(line.trim(), 16).ok()
+    };
+    let killed = ["SigPnd:", "ShdPnd:"]
+        .into_iter()
+        .filter_map(pending)
+        .any(|p| p & SIGKILL != 0);
+    Some(killed || !status.contains("VmSize:"))
 }
 
 fn graft_error(failure: Failure) -> GraftError {
@@ -140,5 +199,61 @@ fn trace_error(error: ptrace_shim::Error) -> GraftError {
         | Error::ProcessDied { pid, .. }
         | Error::AddressSpaceGone { pid } => GraftError::WorkerGone { pid: pid.as_raw() },
         other => GraftError::Failed(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Command, Stdio};
+
+    fn target(pid: u32) -> Target {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let start_time = stat
+            .rsplit_once(')')
+            .unwrap()
+            .1
+            .split_whitespace()
+            .nth(19)
+            .unwrap();
+        Target {
+            pid: pid.cast_signed(),
+            start_time: start_time.parse().unwrap(),
+            library: "/functions/libfoo.so".into(),
+        }
+    }
+
+    fn broken() -> Failure {
+        Failure::Snapshot(SnapshotError::LinkMap {
+            what: "the chain does not end".into(),
+        })
+    }
+
+    #[test]
+    fn whatever_failed_a_dead_worker_is_the_reason() {
+        let mut child = Command::new("sleep")
+            .arg("60")
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let worker = target(child.id());
+        assert!(matches!(
+            failed(broken(), &[&worker]),
+            GraftError::Failed(_)
+        ));
+        child.kill().unwrap();
+        // Not reaped: a zombie is as good as gone.
+        let gone = GraftError::WorkerGone { pid: worker.pid };
+        assert_eq!(failed(broken(), &[&worker]), gone);
+        child.wait().unwrap();
+        assert_eq!(failed(broken(), &[&worker]), gone);
+    }
+
+    #[test]
+    fn another_process_with_the_pid_is_not_the_worker() {
+        let mut me = target(std::process::id());
+        assert!(lives(&me));
+        me.start_time += 1;
+        assert!(!lives(&me));
     }
 }
