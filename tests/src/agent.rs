@@ -229,6 +229,18 @@ impl Agent {
 
     /// Calls the caller until the callee is ready in all of its workers.
     pub fn warm_up(&self, node: &Node, caller: &str, callee: &str) -> Result<()> {
+        self.warm_up_with(node, caller, callee, b"slow 30 ms")
+    }
+
+    /// The same with a request of one's own, which must bring the caller to
+    /// call the callee, and best takes a while.
+    pub fn warm_up_with(
+        &self,
+        node: &Node,
+        caller: &str,
+        callee: &str,
+        input: &[u8],
+    ) -> Result<()> {
         let deadline = Instant::now() + START;
         loop {
             let status = self.edge_status(node, caller, callee)?;
@@ -244,7 +256,7 @@ impl Agent {
             std::thread::scope(|scope| {
                 let calls: Vec<_> = workers
                     .iter()
-                    .map(|_| scope.spawn(|| node.call(caller, b"slow 30 ms")))
+                    .map(|_| scope.spawn(|| node.call(caller, input)))
                     .collect();
                 calls.into_iter().try_for_each(|call| match call.join() {
                     Ok(answer) => answer
