@@ -246,6 +246,9 @@ pub struct Graft {
     pub failure_code: Cell<i32>,
     /// Index into [`Control::edges`].
     pub index: u64,
+    /// Not 0: neither the caller nor the callee can change MXCSR's modes, so
+    /// they are the default ones at every call.
+    pub mxcsr_fixed: u64,
     /// Input scratch.
     pub scratch: Scratch,
 }

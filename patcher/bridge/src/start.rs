@@ -146,7 +146,7 @@ unsafe fn initialise(graft: &Graft, worker: &Worker) {
             return fail(graft, FAILURE_FAAS_CREATE, code);
         }
         graft.handle.set(handle as u64);
-        let (mxcsr, fpucw) = sys::floating_point();
+        let (mxcsr, fpucw) = sys::floating_point(false);
         graft.mxcsr.set(mxcsr & !0x3f);
         graft.fpucw.set(u32::from(fpucw));
         graft.state.store(STATE_READY, Release);

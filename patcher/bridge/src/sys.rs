@@ -111,14 +111,18 @@ pub(crate) const DEFAULT_MXCSR: u32 = 0x1f80;
 /// x87 control word of a new process.
 pub(crate) const DEFAULT_FPUCW: u16 = 0x37f;
 
-/// MXCSR and the x87 control word of this thread.
+/// MXCSR and the x87 control word of this thread; `fixed` says that MXCSR has
+/// the default modes for sure.
 #[inline(always)]
-pub(crate) fn floating_point() -> (u32, u16) {
-    let mut mxcsr = 0_u32;
+pub(crate) fn floating_point(fixed: bool) -> (u32, u16) {
+    let mut mxcsr = DEFAULT_MXCSR;
     let mut fpucw = 0_u16;
-    // SAFETY: both only store into the locals.
+    // SAFETY: each only stores into the local.
     unsafe {
-        asm!("stmxcsr [{}]", "fnstcw [{}]", in(reg) &raw mut mxcsr, in(reg) &raw mut fpucw, options(nostack, preserves_flags));
+        if !fixed {
+            asm!("stmxcsr [{}]", in(reg) &raw mut mxcsr, options(nostack, preserves_flags));
+        }
+        asm!("fnstcw [{}]", in(reg) &raw mut fpucw, options(nostack, preserves_flags));
     }
     (mxcsr, fpucw)
 }

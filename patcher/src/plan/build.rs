@@ -5,7 +5,7 @@ use std::mem::offset_of;
 use nightgraft_bridge::abi;
 
 use super::layout::{self, Area, GraftFields, WorkerFields};
-use super::{Access, Mapping, Part, PatchPlan, Store, Unfused, placement};
+use super::{Access, Mapping, Part, PatchPlan, Store, Unfused, modes, placement};
 use crate::code::{self, CodeMap, Site, Tail, Window, WindowKind};
 use crate::effects::effects;
 use crate::elf::{Image, hex};
@@ -519,6 +519,7 @@ impl Draft<'_> {
             arguments: (argv, callee.arguments.len() as u64),
             environ,
             index: self.index as u64,
+            mxcsr_fixed: modes::mxcsr_is_fixed(caller, callee),
         }
         .write(&mut area, graft);
         if self.input.present.is_none() {

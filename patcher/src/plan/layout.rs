@@ -119,6 +119,7 @@ pub(super) struct GraftFields {
     pub(super) arguments: (u64, u64),
     pub(super) environ: u64,
     pub(super) index: u64,
+    pub(super) mxcsr_fixed: bool,
 }
 
 impl GraftFields {
@@ -141,6 +142,7 @@ impl GraftFields {
             (offset_of!(Graft, argv), self.arguments.0),
             (offset_of!(Graft, environ), self.environ),
             (offset_of!(Graft, index), self.index),
+            (offset_of!(Graft, mxcsr_fixed), u64::from(self.mxcsr_fixed)),
         ];
         for (offset, value) in fields {
             area.put_u64(at + offset as u64, value);

@@ -13,6 +13,7 @@
 
 mod build;
 mod layout;
+mod modes;
 mod placement;
 mod render;
 
