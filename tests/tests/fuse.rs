@@ -381,3 +381,72 @@ int faas_func_call(void *h, const char *in, size_t n) {
     assert_eq!(ask(&node, "Foo", "hello"), "Foo:hello");
     node.stop()
 }
+
+/// A function that answers with what `body` writes into `text`.
+fn tiny(stem: &str, flags: &[&str], body: &str) -> Result<PathBuf> {
+    let text = format!(
+        r#"
+#include <fenv.h>
+#include <stdio.h>
+#include <string.h>
+#include "lifecycle.h"
+static volatile double tiny = 1e-300, small = 1e-15, one = 1.0, three = 3.0;
+int faas_func_call(void *worker_handle, const char *input, size_t length) {{
+    struct context *ctx = worker_handle;
+    char text[512] = "";
+    (void)input; (void)length;
+    {body}
+    ctx->append(ctx->caller_context, text, strlen(text));
+    return 0;
+}}
+"#
+    );
+    fixtures::compile_text(stem, &text, Compiler::Gcc, &[&["-O2"], flags].concat())
+}
+
+#[test]
+fn floating_point_modes_of_either_do_not_reach_the_other() -> Result<()> {
+    // Linked with -ffast-math a library sets flush-to-zero for its process.
+    let caller = r#"
+    const char *out = NULL;
+    size_t n = 0;
+    snprintf(text, sizeof text, "%a %.20f", tiny * small, one / three);
+    if (ctx->invoke(ctx->caller_context, "Bar", "", 0, &out, &n) != 0) return -1;
+    snprintf(text + strlen(text), sizeof text - strlen(text), " [%.*s] %a %.20f", (int)n, out,
+             tiny * small, one / three);
+"#;
+    let calm = r#"snprintf(text, sizeof text, "%a %.20f", tiny * small, one / three);"#;
+    let wild = r#"
+    snprintf(text, sizeof text, "%a %.20f", tiny * small, one / three);
+    unsigned mode = (__builtin_ia32_stmxcsr() & ~0x6000u) | 0x4000u; /* round up */
+    __builtin_ia32_ldmxcsr(mode);
+"#;
+    let node = Node::start(NodeSpec::new([
+        FunctionSpec::new("Fast", 1, tiny("fast", &["-ffast-math"], caller)?),
+        FunctionSpec::new("Plain", 2, tiny("plain", &[], caller)?),
+        FunctionSpec::new("Bar", 3, tiny("calm", &[], calm)?),
+    ]))?;
+    let wild_node = Node::start(NodeSpec::new([
+        FunctionSpec::new("Plain", 1, tiny("plain", &[], caller)?),
+        FunctionSpec::new("Bar", 2, tiny("wild", &[], wild)?),
+    ]))?;
+    let agent = Agent::start()?;
+    for (node, caller) in [(&node, "Fast"), (&node, "Plain"), (&wild_node, "Plain")] {
+        // Bar changes its own modes for good with its first call.
+        ask(node, caller, "warm");
+        let by_rpc = ask(node, caller, "ask");
+        agent.patch(node, caller, "Bar")?;
+        agent.warm_up(node, caller, "Bar")?;
+        let calls = agent.fused_calls(node, caller, "Bar")?;
+        ask(node, caller, "warm");
+        assert_eq!(ask(node, caller, "ask"), by_rpc, "{caller}");
+        assert_eq!(agent.fused_calls(node, caller, "Bar")?, calls + 2);
+        agent.revert(node, caller, "Bar")?;
+        assert_eq!(ask(node, caller, "ask"), by_rpc, "{caller}");
+    }
+    // The two callers do differ, or nothing was tested.
+    assert!(ask(&node, "Fast", "ask").starts_with("0x0p+0 "));
+    assert!(ask(&node, "Plain", "ask").starts_with("0x0.000"));
+    node.stop()?;
+    wild_node.stop()
+}
