@@ -74,7 +74,7 @@ fn fail(graft: &Graft, failure: u32, code: i32) {
     unsafe {
         (*(graft.shared as *const SharedEdge))
             .gate
-            .store(0, Relaxed)
+            .store(0, Relaxed);
     };
     graft.state.store(STATE_FAILED, Release);
 }

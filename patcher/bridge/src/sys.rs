@@ -93,7 +93,7 @@ pub(crate) fn thread_pointer() -> u64 {
     let tp: u64;
     // SAFETY: reads the word that the TLS ABI guarantees.
     unsafe {
-        asm!("mov {}, fs:[0]", out(reg) tp, options(nostack, readonly, preserves_flags, pure))
+        asm!("mov {}, fs:[0]", out(reg) tp, options(nostack, readonly, preserves_flags, pure));
     };
     tp
 }

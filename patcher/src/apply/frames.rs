@@ -83,7 +83,7 @@ pub(super) fn interrupted(rsp: u64, stack: &dyn Stack, spans: &[Span]) -> Interr
                 break;
             };
             // Cheap tests first: a frame's restorer is code, far from zero.
-            if pretcode < 0x1000 || pretcode >= 1 << 47 {
+            if !(0x1000..1 << 47).contains(&pretcode) {
                 continue;
             }
             let hit = inside(rip, spans).is_some();

@@ -129,11 +129,11 @@ pub fn apply(plan: &PatchPlan, limits: &Limits) -> Result<PatchReceipt, ApplyErr
             let touched = Cell::new(false);
             let committed = written.and_then(|()| commit::commit(&process, plan, limits, &touched));
             match committed {
-                Ok(stop) => return finish(plan, &process, stop, stops, disturbed),
+                Ok(stop) => return finish(plan, &process, &stop, stops, disturbed),
                 Err(failure) => {
                     // Only while nothing can lead to the mapping.
                     if !touched.get() {
-                        prepare::take_back(&process, plan, undo, limits);
+                        prepare::take_back(&process, plan, &undo, limits);
                     }
                     return Err(failure);
                 }
@@ -141,7 +141,7 @@ pub fn apply(plan: &PatchPlan, limits: &Limits) -> Result<PatchReceipt, ApplyErr
         }
         prepare::record(&process, plan)?;
         let stop = commit::commit(&process, plan, limits, &Cell::new(false))?;
-        finish(plan, &process, stop, stops, disturbed)
+        finish(plan, &process, &stop, stops, disturbed)
     })
 }
 
@@ -160,7 +160,7 @@ fn receipt(plan: &PatchPlan, already: bool) -> PatchReceipt {
 fn finish(
     plan: &PatchPlan,
     process: &Process,
-    stop: ptrace_shim::Stop,
+    stop: &ptrace_shim::Stop,
     mut stops: Vec<u64>,
     mut disturbed: Vec<Disturbed>,
 ) -> Result<PatchReceipt, ApplyError> {

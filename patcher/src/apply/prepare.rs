@@ -40,7 +40,7 @@ pub(super) fn prepare(
     match filled {
         Ok(()) => Ok(undo),
         Err(failure) => {
-            take_back(process, plan, undo, limits);
+            take_back(process, plan, &undo, limits);
             Err(failure)
         }
     }
@@ -48,14 +48,15 @@ pub(super) fn prepare(
 
 /// Unmaps what [`prepare`] mapped. Nothing leads there; if it cannot be
 /// unmapped, unused memory stays behind, which is harmless.
-pub(super) fn take_back(process: &Process, plan: &PatchPlan, undo: Undo, limits: &Limits) {
+pub(super) fn take_back(process: &Process, plan: &PatchPlan, undo: &Undo, limits: &Limits) {
+    let gadgets = &undo.gadgets;
     let Some(mapping) = &plan.mapping else { return };
     let unrecorded = unrecord(process, plan);
     let (mut stops, mut disturbed) = (Vec::new(), Vec::new());
     let result = unrecorded.and_then(|()| {
         with_borrowed(
             process,
-            &undo.gadgets,
+            gadgets,
             limits,
             &mut stops,
             &mut disturbed,
