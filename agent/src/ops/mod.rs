@@ -40,6 +40,16 @@ pub struct Context<'a> {
 }
 
 impl Context<'_> {
+    /// What to say of an error in the names. Without the capabilities that it
+    /// needs the agent sees next to nothing of the node: then that is what is
+    /// wrong, and not the names.
+    fn explained(&self, error: crate::error::AgentError) -> crate::error::AgentError {
+        match self.require_capabilities() {
+            Ok(()) => error,
+            Err(missing) => missing.into(),
+        }
+    }
+
     /// Fails where the agent is known to lack what it needs to change workers.
     fn require_capabilities(&self) -> Result<(), GraftError> {
         match missing_capabilities(self.proc_root)

@@ -36,7 +36,8 @@ pub fn patch(
     node: &Node,
     request: &PatchRequest,
 ) -> Result<PatchReport, AgentError> {
-    let (caller, callee) = select::edge(node, &request.caller, &request.callee, request.engine)?;
+    let (caller, callee) = select::edge(node, &request.caller, &request.callee, request.engine)
+        .map_err(|error| context.explained(error))?;
     let mut callers = select::native_workers(caller)?;
     // The busiest first: a canary that nobody calls proves nothing.
     callers.sort_by_key(|(worker, _)| (std::cmp::Reverse(worker.cpu_ticks), worker.pid));

@@ -188,7 +188,8 @@ pub fn explain(
     node: &Node,
     request: &EdgeRequest,
 ) -> Result<Explanation, AgentError> {
-    let (caller, callee) = select::edge(node, &request.caller, &request.callee, request.engine)?;
+    let (caller, callee) = select::edge(node, &request.caller, &request.callee, request.engine)
+        .map_err(|error| context.explained(error))?;
     let callers = select::native_workers(caller)?;
     let callees = select::native_workers(callee)?;
     let mut notes: Vec<String> = other_kinds(caller).into_iter().collect();

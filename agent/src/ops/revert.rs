@@ -80,8 +80,11 @@ fn names<'a>(
 ) -> Result<(&'a Function, String), AgentError> {
     let error = match select::edge(node, &request.caller, &request.callee, request.engine) {
         Ok((caller, callee)) => return Ok((caller, callee.label())),
-        Err(error) => error,
+        Err(error) => context.explained(error),
     };
+    if matches!(error, AgentError::Graft(_)) {
+        return Err(error);
+    }
     // The callee may be out of the configuration, or its engine not clear, and
     // still be fused.
     let callers = select::named(node, &request.caller, request.engine)?;
