@@ -12,6 +12,7 @@
 //! [`render`](PatchPlan::render) prints is what `apply` does.
 
 mod build;
+mod fresh;
 mod layout;
 mod modes;
 mod placement;
