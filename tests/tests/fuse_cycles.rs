@@ -17,6 +17,10 @@ use serde_json::Value;
 /// of the arena that were not touched before.
 const WAVERING_KIB: u64 = 2_048;
 
+/// How often the node's own limit of 100 ms may end a nested call, where it
+/// has one: a machine that others use as well can be away for that long.
+const MOST_TIMEOUTS: u64 = 3;
+
 /// What must not grow. Taken while the worker is idle.
 #[derive(Debug, PartialEq, Eq)]
 struct Size {
@@ -84,6 +88,17 @@ struct Run {
     slow: usize,
 }
 
+impl Run {
+    /// Nested calls that the node itself has given up, which Foo tells as an
+    /// answer; none where they may take as long as they like.
+    fn timeouts(&self, node: &Node) -> u64 {
+        match self.mode {
+            NestedMode::Read => 0,
+            NestedMode::Fifo => node.all_logs().matches("no answer within 100 ms").count() as u64,
+        }
+    }
+}
+
 fn cycle(run: &Run) -> Result<()> {
     let node = Node::start(foo_bar_baz(2).nested_mode(run.mode))?;
     let agent = Agent::start()?;
@@ -137,18 +152,23 @@ fn cycle(run: &Run) -> Result<()> {
             for load in &loads {
                 let report = load.snapshot();
                 ensure!(
-                    report.failed == 0 && report.wrong == 0,
+                    report.failed == 0 && report.wrong <= run.timeouts(&node),
                     "by cycle {number}: {report:?}"
                 );
             }
         }
     }
     let took = begun.elapsed();
+    let mut wrong = 0;
     for load in loads {
         let report = load.stop();
         println!("{:?}: {report:?}", run.mode);
-        report.all_correct()?;
+        ensure!(report.failed == 0 && report.correct > 0, "{report:?}");
+        ensure!(report.wrong <= run.timeouts(&node), "{report:?}");
+        wrong += report.wrong;
     }
+    ensure!(wrong == run.timeouts(&node), "{wrong} answers are wrong");
+    ensure!(wrong <= MOST_TIMEOUTS, "{wrong} calls timed out");
     println!("{:?}: {} cycles in {took:.1?}", run.mode, run.cycles);
     let fused = agent.fused_calls(&node, "Foo", "Bar")? - fused_before;
     ensure!(
