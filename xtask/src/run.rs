@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail};
 
 /// The workspace's folder.
 pub(crate) fn root() -> PathBuf {
@@ -37,11 +37,15 @@ pub(crate) fn released(program: &str, arguments: &[OsString]) -> Result<()> {
     finish(command)
 }
 
+/// Runs it. What went wrong it says itself: its exit code is ours.
 fn finish(mut command: Command) -> Result<()> {
     let name = command.get_program().to_string_lossy().into_owned();
     let status = command
         .status()
         .with_context(|| format!("{name} cannot be started"))?;
-    ensure!(status.success(), "{name} failed ({status})");
-    Ok(())
+    match status.code() {
+        Some(0) => Ok(()),
+        Some(code) => std::process::exit(code),
+        None => bail!("{name} was ended by a signal ({status})"),
+    }
 }
