@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 /// Taken of a worker that stands still: one that waits for a request, or that
 /// is stopped.
@@ -59,12 +59,7 @@ impl Code {
             self.maps,
             now.maps
         );
-        for ((start, was), (_, is)) in self.executable.iter().zip(&now.executable) {
-            if let Some(at) = was.iter().zip(is).position(|(a, b)| a != b) {
-                let at = at as u64 + start;
-                anyhow::bail!("the byte at {at:#x} in {} is another", self.pid);
-            }
-        }
+        self.runs_the_same()?;
         ensure!(
             self.descriptors == now.descriptors,
             "worker {} had {} descriptors and has {}",
@@ -72,6 +67,21 @@ impl Code {
             self.descriptors,
             now.descriptors
         );
+        Ok(())
+    }
+
+    /// That what could be executed then still has the same bytes, whatever has
+    /// been mapped beside it.
+    pub(crate) fn runs_the_same(&self) -> Result<()> {
+        let memory = File::open(format!("/proc/{}/mem", self.pid))?;
+        for (start, was) in &self.executable {
+            let mut is = vec![0; was.len()];
+            memory.read_exact_at(&mut is, *start)?;
+            if let Some(at) = was.iter().zip(&is).position(|(a, b)| a != b) {
+                let at = at as u64 + start;
+                bail!("the byte at {at:#x} in {} is another", self.pid);
+            }
+        }
         Ok(())
     }
 }
