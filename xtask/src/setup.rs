@@ -7,11 +7,13 @@ use anyhow::{Context, Result, bail, ensure};
 /// Package, and the file that shows that it (or something equal) is there.
 type Needed = (&'static str, &'static str);
 
-/// For building functions in C.
+/// For building functions in C and C++, and for asking them as users do.
 const BUILD: &[Needed] = &[
     ("gcc", "/usr/bin/gcc"),
+    ("g++", "/usr/bin/g++"),
     ("libc6-dev", "/usr/include/stdio.h"),
     ("clang", "/usr/bin/clang"),
+    ("curl", "/usr/bin/curl"),
 ];
 /// For tests and the demo with Docker.
 const DOCKER: &[Needed] = &[("docker.io", "/usr/sbin/dockerd")];
