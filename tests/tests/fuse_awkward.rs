@@ -504,17 +504,7 @@ fn stays_inside(node: &Node, agent: &Agent, name: &str) -> Result<()> {
     ensure!(refused["error"]["code"] == "graft-failed", "{refused}");
     let message = refused["error"]["message"].to_string();
     ensure!(message.contains(&stage.pid.to_string()), "{message}");
-    // A thread that sleeps can only be borrowed between two sleeps: it may have
-    // been to map, and not again to unmap. The agent knows then.
-    let pid = stage.pid;
-    let stays =
-        |line: &str| line.contains("stays in the worker") && line.contains(&pid.to_string());
-    if name.starts_with("Sleeps") && agent.log().lines().any(stays) {
-        println!("{name}: unused memory stays");
-        code.runs_the_same()?;
-    } else {
-        code.unchanged()?;
-    }
+    code.unchanged()?;
     ensure!(!request.is_answered(), "the handler did not wait");
     stage.signal(Signal::SIGUSR2)?;
     check(question, &request.answer()?)?;

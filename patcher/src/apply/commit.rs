@@ -4,8 +4,8 @@ use std::cell::Cell;
 use std::time::Instant;
 
 use ptrace_shim::{
-    Address, Error, Memory, Process, Stop, StoppedProcess, Tid, WriteMethod, stop_all,
-    where_threads_are,
+    Address, Error, Memory, Process, Stop, StoppedProcess, StoppedThread, Tid, WriteMethod,
+    stop_all, where_threads_are,
 };
 
 use super::frames::{self, Interrupted, Span, Stack};
@@ -108,11 +108,7 @@ pub(super) fn at_a_safe_moment(
     let spans: Vec<Span> = windows.iter().map(|w| (w.address, w.end())).collect();
     loop {
         wait_for_quiet(process, limits);
-        let maps: Vec<(u64, u64)> = process
-            .mappings()?
-            .iter()
-            .map(|m| (m.start.0, m.end.0))
-            .collect();
+        let maps = ranges(process)?;
         let reason = match stop_all(process, options(limits)) {
             Ok(mut stopped) => {
                 check_live(&stopped, windows, direction)?;
@@ -254,6 +250,31 @@ fn move_thread(stopped: &mut StoppedProcess, tid: Tid, to: &Move) -> Result<(), 
     }
     stopped.set_instruction_and_stack_pointer(tid, Address(to.rip), Address(to.rsp))?;
     Ok(())
+}
+
+/// The process's mappings, ascending: `(start, end)`.
+pub(super) fn ranges(process: &Process) -> Result<Vec<(u64, u64)>, Error> {
+    let mappings = process.mappings()?;
+    Ok(mappings.iter().map(|m| (m.start.0, m.end.0)).collect())
+}
+
+/// Why a stopped thread will return strictly into a window from a signal
+/// handler; `None` if it will not.
+pub(super) fn interrupted_site(
+    stopped: &StoppedThread,
+    windows: &[WindowRecord],
+    maps: &[(u64, u64)],
+) -> Option<String> {
+    let spans: Vec<Span> = windows.iter().map(|w| (w.address, w.end())).collect();
+    let memory = stopped.memory();
+    let stack = Live { memory, maps };
+    let found = frames::interrupted(stopped.registers().rsp, &stack, &spans);
+    (!spans.is_empty() && found == Interrupted::Inside).then(|| {
+        format!(
+            "a signal handler of thread {} interrupted a site",
+            stopped.tid()
+        )
+    })
 }
 
 struct Live<'a> {

@@ -9,8 +9,8 @@ use ptrace_shim::{
     Address, Borrowed, Error, Gadgets, Memory, Process, StopOptions, StoppedThread, stop_thread,
 };
 
-use super::{ApplyError, Limits, disturbance, nanoseconds, options};
-use crate::manifest::slot_address;
+use super::{ApplyError, Limits, commit, disturbance, nanoseconds, options};
+use crate::manifest::{WindowRecord, slot_address};
 use crate::plan::{Access, Mapping, PatchPlan};
 use crate::report::Disturbed;
 
@@ -31,10 +31,18 @@ pub(super) fn prepare(
     let memory = Memory::open(process)?;
     let gadgets = Gadgets::find(&memory)?;
     let mut thread_pointer = 0;
-    with_borrowed(process, &gadgets, limits, stops, disturbed, |borrowed| {
-        thread_pointer = borrowed.registers().fs_base;
-        map(borrowed, plan.pid, mapping)
-    })?;
+    with_borrowed(
+        process,
+        &gadgets,
+        &plan.windows,
+        limits,
+        stops,
+        disturbed,
+        |borrowed| {
+            thread_pointer = borrowed.registers().fs_base;
+            map(borrowed, plan.pid, mapping)
+        },
+    )?;
     let undo = Undo { gadgets };
     let filled = fill(process, &memory, mapping, thread_pointer, limits, stops);
     match filled {
@@ -57,6 +65,7 @@ pub(super) fn take_back(process: &Process, plan: &PatchPlan, undo: &Undo, limits
         with_borrowed(
             process,
             gadgets,
+            &[],
             limits,
             &mut stops,
             &mut disturbed,
@@ -69,10 +78,14 @@ pub(super) fn take_back(process: &Process, plan: &PatchPlan, undo: &Undo, limits
 }
 
 /// Stops the worker's main thread, borrows it, and gives it back whatever
-/// happens. A thread that can't be borrowed just now is tried again.
+/// happens. A thread that can't be borrowed just now is tried again, and so is
+/// one whose signal handler interrupted one of the `windows`: the commit would
+/// have to wait for it, and nothing should be mapped for a patch that may
+/// never come to that.
 fn with_borrowed(
     process: &Process,
     gadgets: &Gadgets,
+    windows: &[WindowRecord],
     limits: &Limits,
     stops: &mut Vec<u64>,
     disturbed: &mut Vec<Disturbed>,
@@ -80,23 +93,28 @@ fn with_borrowed(
 ) -> Result<(), ApplyError> {
     let since = Instant::now();
     let mut borrowed = loop {
+        let maps = commit::ranges(process)?;
         let stopped = stop(process, options(limits))?;
         disturbed.extend(stopped.disturbed().as_ref().map(disturbance));
-        match stopped.borrow(gadgets) {
-            Ok(borrowed) => break borrowed,
-            Err(Error::NotBorrowable { reason, .. }) => {
-                if since.elapsed() > limits.commit {
-                    let reason = reason.to_string();
-                    return Err(ApplyError::NoMoment {
-                        pid: process.pid().as_raw(),
-                        waited: since.elapsed(),
-                        reason,
-                    });
-                }
-                std::thread::sleep(Duration::from_millis(1));
+        let reason = match commit::interrupted_site(&stopped, windows, &maps) {
+            Some(reason) => {
+                stopped.resume()?;
+                reason
             }
-            Err(other) => return Err(other.into()),
+            None => match stopped.borrow(gadgets) {
+                Ok(borrowed) => break borrowed,
+                Err(Error::NotBorrowable { reason, .. }) => reason.to_string(),
+                Err(other) => return Err(other.into()),
+            },
+        };
+        if since.elapsed() > limits.commit {
+            return Err(ApplyError::NoMoment {
+                pid: process.pid().as_raw(),
+                waited: since.elapsed(),
+                reason,
+            });
         }
+        std::thread::sleep(Duration::from_millis(1));
     };
     let result = work(&mut borrowed);
     let stopped = borrowed.give_back()?;
