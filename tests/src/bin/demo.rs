@@ -94,7 +94,7 @@ fn main() -> Result<()> {
         CYCLES + 1
     );
     println!(
-        "commit stop {:.0} µs median of {}; all stops of a first patch {:.0} µs median; un-fusing by the gate stops nothing",
+        "commit stop {:.0} µs median of {}; all stops of a first patch {:.0} µs median",
         micro(median(&commits)),
         commits.len(),
         micro(median(&totals))
