@@ -12,7 +12,7 @@ use core::sync::atomic::Ordering::{Relaxed, Release};
 
 use crate::abi::{
     FAILURE_FAAS_CREATE, FAILURE_FAAS_INIT, FAILURE_RELRO, FAILURE_THREAD, Graft, IfuncSlot,
-    STATE_FAILED, STATE_INITIALISING, STATE_READY, SharedEdge, Worker,
+    Import, Module, STATE_FAILED, STATE_INITIALISING, STATE_READY, SharedEdge, Worker,
 };
 use crate::{call, sys};
 
@@ -51,7 +51,8 @@ pub unsafe fn begin(graft: &Graft, worker: &Worker) {
     let mut thread = 0_u64;
     // SAFETY: the patcher resolved both in the worker's own C library.
     unsafe {
-        let create: PthreadCreate = core::mem::transmute(worker.pthread_create as usize);
+        let create: PthreadCreate =
+            core::mem::transmute(worker.imports[Import::PthreadCreate as usize] as usize);
         let error = create(
             &mut thread,
             core::ptr::null(),
@@ -62,7 +63,8 @@ pub unsafe fn begin(graft: &Graft, worker: &Worker) {
             fail(graft, FAILURE_THREAD, error);
             return;
         }
-        let detach: PthreadDetach = core::mem::transmute(worker.pthread_detach as usize);
+        let detach: PthreadDetach =
+            core::mem::transmute(worker.imports[Import::PthreadDetach as usize] as usize);
         detach(thread);
     }
 }
@@ -104,33 +106,21 @@ unsafe fn initialise(graft: &Graft, worker: &Worker) {
             let resolver: Resolver = core::mem::transmute(worker.memcpy_resolver as usize);
             worker.memcpy.set(resolver());
         }
-        let slots = graft.ifuncs as *const IfuncSlot;
-        let mut index = 0;
-        while index < graft.ifunc_count as usize {
-            let IfuncSlot {
-                slot,
-                resolver,
-                addend,
-            } = *slots.add(index);
-            let resolver: Resolver = core::mem::transmute(resolver as usize);
-            (slot as *mut u64).write_unaligned(resolver().wrapping_add(addend));
-            index += 1;
-        }
-        if graft.relro.len != 0 {
-            let error = sys::seal(graft.relro.start, graft.relro.len);
+        // What an image depends on comes behind it: bound before it, as its
+        // own resolvers may call there.
+        let modules = graft.modules as *const Module;
+        let mut left = graft.module_count as usize;
+        while left > 0 {
+            left -= 1;
+            let error = bind(&*modules.add(left));
             if error != 0 {
                 return fail(graft, FAILURE_RELRO, error);
             }
         }
-        let inits = graft.inits as *const u64;
+        let order = graft.init_order as *const u64;
         let mut index = 0;
-        while index < graft.init_count as usize {
-            let init: Initialiser = core::mem::transmute(*inits.add(index) as usize);
-            init(
-                graft.argc as c_int,
-                graft.argv as *const *const c_char,
-                graft.environ as *const *const c_char,
-            );
+        while index < graft.init_order_count as usize {
+            construct(graft, &*(*order.add(index) as *const Module));
             index += 1;
         }
         let faas_init: FaasInit = core::mem::transmute(graft.faas_init as usize);
@@ -150,5 +140,50 @@ unsafe fn initialise(graft: &Graft, worker: &Worker) {
         graft.mxcsr.set(mxcsr & !0x3f);
         graft.fpucw.set(u32::from(fpucw));
         graft.state.store(STATE_READY, Release);
+    }
+}
+
+/// Fills the slots whose values only the process knows and seals what RELRO
+/// covers; gives 0 or an errno.
+unsafe fn bind(module: &Module) -> i32 {
+    let slots = module.ifuncs as *const IfuncSlot;
+    let mut index = 0;
+    // SAFETY: the patcher computed slots, resolvers and range for this image.
+    unsafe {
+        while index < module.ifunc_count as usize {
+            let IfuncSlot {
+                slot,
+                resolver,
+                addend,
+            } = *slots.add(index);
+            let resolver: Resolver = core::mem::transmute(resolver as usize);
+            (slot as *mut u64).write_unaligned(resolver().wrapping_add(addend));
+            index += 1;
+        }
+        match module.relro.len {
+            0 => 0,
+            len => sys::seal(module.relro.start, len),
+        }
+    }
+}
+
+/// Runs an image's initialisers, once.
+unsafe fn construct(graft: &Graft, module: &Module) {
+    if module.initialised.replace(1) != 0 {
+        return;
+    }
+    let inits = module.inits as *const u64;
+    let mut index = 0;
+    // SAFETY: as for `bind`.
+    unsafe {
+        while index < module.init_count as usize {
+            let init: Initialiser = core::mem::transmute(*inits.add(index) as usize);
+            init(
+                graft.argc as c_int,
+                graft.argv as *const *const c_char,
+                graft.environ as *const *const c_char,
+            );
+            index += 1;
+        }
     }
 }
