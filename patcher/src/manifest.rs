@@ -9,6 +9,7 @@
 //! checksum, version and identity are checked, and every address that it
 //! gives is compared with `/proc/PID/maps` before it is used.
 
+use std::collections::BTreeMap;
 use std::mem::offset_of;
 
 use nightgraft_bridge::abi::{
@@ -29,14 +30,14 @@ pub struct Region {
 }
 
 /// Where the bridge's routines are in the worker; live addresses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BridgeAddresses {
     /// `ng_enter`.
     pub enter: u64,
     /// `ng_hook`.
     pub hook: u64,
-    /// `ng_getenv`.
-    pub getenv: u64,
+    /// What images are bound to, by the bridge's names.
+    pub exports: BTreeMap<String, u64>,
 }
 
 /// One window.
@@ -80,6 +81,10 @@ pub struct GraftRecord {
     pub callee: String,
     /// The image's build-id, or a digest of the file where it has none.
     pub build_id: String,
+    /// Digest of the build-ids of the libraries that it has copies of; empty
+    /// for none.
+    #[serde(default)]
+    pub dependencies: String,
     /// The callee's library, as its container names it.
     pub library: String,
     /// The graft's structure, live.
@@ -88,7 +93,7 @@ pub struct GraftRecord {
     pub index: usize,
     /// Its place in the bridge's table of grafts.
     pub slot: usize,
-    /// The image, live.
+    /// Its images, live, with what lies between.
     pub image: Region,
     /// A newer image of the same callee has its place.
     pub replaced: bool,
@@ -352,6 +357,14 @@ fn check(manifest: &Manifest, control: u64, maps: &[Map]) -> Result<(), String> 
     {
         return Err("a record that does not fit its place".into());
     }
+    let routines = [manifest.bridge.enter, manifest.bridge.hook];
+    for routine in routines.iter().chain(manifest.bridge.exports.values()) {
+        if !ours(*routine, 1) || !mapped(*routine, 1, true) {
+            return Err(format!(
+                "a record of a bridge's routine at {routine:#x}, which is no code of ours"
+            ));
+        }
+    }
     for w in &manifest.windows {
         let len = w.before.len() as u64;
         let sane = w.before.len() == w.after.len() && (5..=64).contains(&len);
@@ -431,7 +444,7 @@ mod tests {
             bridge: BridgeAddresses {
                 enter: 0x20_8000,
                 hook: 0x20_8100,
-                getenv: 0x20_8200,
+                exports: BTreeMap::from([("ng_getenv".into(), 0x20_8200)]),
             },
             regions: vec![Region {
                 start: 0x20_0000,
@@ -451,6 +464,7 @@ mod tests {
             grafts: vec![GraftRecord {
                 callee: "Bar".into(),
                 build_id: "ab".into(),
+                dependencies: String::new(),
                 library: "/functions/libbar.so".into(),
                 graft: 0x20_5000,
                 index: 0,

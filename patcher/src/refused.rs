@@ -112,11 +112,12 @@ refusals! {
         most: u64,
     } = "image-too-large", "{library} takes {bytes} bytes of memory where {most} is the limit",
         "allocate large buffers in faas_init instead of declaring them";
-    /// The callee has thread-local storage of its own.
+    /// The callee wants thread-local storage of its own at a fixed distance
+    /// from the thread pointer, where the threads have none left.
     Tls {
         /// The callee's library.
         library: String,
-    } = "tls", "{library} has thread-local storage of its own", "remove thread-local variables from the callee";
+    } = "tls", "{library} uses the initial-exec model for thread-local storage of its own", "compile it without -ftls-model=initial-exec (and -fPIC instead of -fPIE)";
     /// The callee wants its code changed by relocations.
     TextRelocations {
         /// The callee's library.
@@ -127,14 +128,16 @@ refusals! {
         /// The callee's library.
         library: String,
     } = "executable-stack", "{library} needs an executable stack", "link the callee with -z noexecstack";
-    /// The callee needs a library that its worker did not start with.
+    /// The callee needs a library that it cannot have in the caller's worker.
     Dependency {
         /// The callee's library.
         library: String,
         /// What it needs.
         needed: String,
-    } = "dependency", "{library} needs {needed}, which the worker itself does not load",
-        "link it statically into the callee";
+        /// Why it cannot be had.
+        reason: String,
+    } = "dependency", "{library} needs {needed}: {reason}",
+        "link it statically into the callee, or into the caller's worker as well";
     /// A library that caller and callee would share is not the same one.
     DifferentLibrary {
         /// The library.
@@ -169,7 +172,7 @@ refusals! {
         /// The import that shows it.
         symbol: String,
     } = "exceptions", "{library} imports {symbol}: it takes part in exceptions, and the worker's unwinder would not know its frames",
-        "build the callee with -fno-exceptions and without library calls that throw, or leave it as RPC";
+        "use a worker that has libgcc_s loaded (every C++ worker has), or build the callee with -fno-exceptions";
     /// Caller and callee use one hidden variable of the C library, in the
     /// middle of whose use the caller may be when it makes the call.
     SharedState {

@@ -42,6 +42,8 @@ pub enum Interposed {
     Function(usize),
     /// The graft's `environ`.
     Environ,
+    /// The bridge's `__tls_get_addr`, without a thunk.
+    TlsGetAddr,
 }
 
 /// Whether an import of this name is ours to give.
@@ -49,6 +51,9 @@ pub enum Interposed {
 pub fn interposed(name: &str) -> Option<Interposed> {
     if ENVIRON.contains(&name) {
         return Some(Interposed::Environ);
+    }
+    if name == "__tls_get_addr" {
+        return Some(Interposed::TlsGetAddr);
     }
     let found = FUNCTIONS.iter().position(|f| f.name == name);
     found.map(Interposed::Function)

@@ -41,6 +41,7 @@ pub struct Input<'a> {
 pub fn plan(input: &Input<'_>) -> Result<PatchPlan, Refused> {
     let callee = input.callee.function();
     load::check(&callee.path, &callee.image)?;
+    load::check_exports(&callee.path, &callee.image)?;
     let sites = usable_sites(input)?;
     let entry = input
         .code
@@ -51,14 +52,16 @@ pub fn plan(input: &Input<'_>) -> Result<PatchPlan, Refused> {
         })?;
     refuse_reentry(input.caller.function())?;
     let build_id = identity(&callee.image);
+    let dependencies = dependencies(input.callee)?;
     let reused = input.present.and_then(|present| {
         let index = present
             .manifest
             .grafts
             .iter()
             .position(|g| !g.replaced && g.callee == input.name)?;
-        (present.manifest.grafts[index].build_id == build_id && !present.failed(index))
-            .then_some(index)
+        let graft = &present.manifest.grafts[index];
+        let same = graft.build_id == build_id && graft.dependencies == dependencies;
+        (same && !present.failed(index)).then_some(index)
     });
     match (input.present, reused) {
         (Some(present), Some(index)) => again(input, present, index, &sites),
@@ -138,6 +141,17 @@ fn identity(image: &Image) -> String {
             image.bytes.len()
         ),
     }
+}
+
+/// A digest of what the function has copies of besides its own library; empty
+/// for none.
+pub(super) fn dependencies(callee: &Worker) -> Result<String, Refused> {
+    let private = load::private_libraries(callee)?;
+    if private.is_empty() {
+        return Ok(String::new());
+    }
+    let all: Vec<String> = private.iter().map(|m| identity(&m.image)).collect();
+    Ok(format!("{:08x}", crc32fast::hash(all.join(" ").as_bytes())))
 }
 
 /// The image is there: open the gate and put back the windows. The stores are
@@ -236,6 +250,7 @@ pub(super) fn base(input: &Input<'_>, manifest: Manifest) -> PatchPlan {
         already: false,
         mapping: None,
         relocations: (0, 0),
+        libraries: Vec::new(),
         initialisers: 0,
         stores: Vec::new(),
         windows: Vec::new(),

@@ -13,10 +13,12 @@
 
 mod build;
 mod fresh;
+mod images;
 mod layout;
 mod modes;
 mod placement;
 mod render;
+mod unwind;
 
 use serde::{Deserialize, Serialize};
 
@@ -112,6 +114,9 @@ pub struct PatchPlan {
     pub mapping: Option<Mapping>,
     /// Relocations applied from outside, and those left to the bridge.
     pub relocations: (usize, usize),
+    /// Libraries of which the callee gets copies of its own, as its container
+    /// names them.
+    pub libraries: Vec<String>,
     /// Initialisers that the bridge's thread will run before `faas_init`.
     pub initialisers: usize,
     /// Words changed in the stop.
