@@ -142,15 +142,9 @@ impl Scope {
     /// must not be shared with the caller, or needs a library of which there
     /// must be only one and which the caller's worker does not have.
     pub fn new(caller: &Worker, callee: &Worker) -> Result<Scope, Refused> {
-        let Closure {
-            order,
-            private,
-            on_demand,
-            initialisation,
-            once,
-        } = closure::closure(callee)?;
+        let closure = closure::closure(callee)?;
         let unwinder = unwinder(caller).is_some();
-        for index in &private {
+        for index in &closure.private {
             let module = &callee.modules[*index];
             imports(&module.path, &module.image, unwinder)?;
             for theirs in &caller.modules[caller.library..] {
@@ -163,6 +157,26 @@ impl Scope {
                 }
             }
         }
+        Scope::build(caller, callee, closure)
+    }
+
+    /// Builds it whatever the imports are: for a comparison with what the
+    /// dynamic linker makes of them, not for loading.
+    ///
+    /// # Errors
+    /// As [`Scope::new`], but for imports.
+    pub fn without_policy(caller: &Worker, callee: &Worker) -> Result<Scope, Refused> {
+        Scope::build(caller, callee, closure::closure(callee)?)
+    }
+
+    fn build(caller: &Worker, callee: &Worker, closure: Closure) -> Result<Scope, Refused> {
+        let Closure {
+            order,
+            private,
+            on_demand,
+            initialisation,
+            once,
+        } = closure;
         let mut providers = Vec::new();
         let startup = &callee.modules[..callee.library];
         for (index, module) in startup.iter().enumerate() {
