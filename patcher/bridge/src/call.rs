@@ -12,7 +12,7 @@ use core::sync::atomic::{
 };
 
 use crate::abi::{
-    Control, Graft, INLINE_INPUT, SAMPLE_EVERY, STATE_ARMED, STATE_READY, SharedEdge, Site, Worker,
+    Control, Graft, INLINE_INPUT, SAMPLE_EVERY, STATE_READY, SharedEdge, Site, Worker,
 };
 use crate::entry::{Frame, TAKE_RPC};
 use crate::{arena, start, sys};
@@ -69,11 +69,8 @@ pub unsafe extern "C" fn ng_call(frame: *const Frame) -> i64 {
     if shared.gate.load(Relaxed) == 0 {
         return rpc(&shared.rpc_gate_off);
     }
-    if graft.state.load(Acquire) != STATE_READY {
-        if graft.state.load(Acquire) == STATE_ARMED {
-            // SAFETY: this is the worker's thread in ordinary code, at a call.
-            unsafe { start::begin(graft, worker) };
-        }
+    // SAFETY: this is the worker's thread in ordinary code, at a call.
+    if graft.state.load(Acquire) != STATE_READY && !unsafe { start::advance(graft, worker) } {
         return rpc(&shared.rpc_not_ready);
     }
     if graft.busy.get() != 0 {

@@ -3,26 +3,21 @@
 //! held by us. Until they are through, requests take the RPC.
 //!
 //! ```text
-//!  Armed ──first call──► Initialising ──► Ready
+//!  Armed ──first call──► Initialising ──► Initialised ──next call──► Ready
+//!                            │                 └─(no memory)─► Failed
 //!                            └──────────► Failed (gate off)
 //! ```
 
 use core::ffi::{c_char, c_int, c_void};
-use core::sync::atomic::Ordering::{Relaxed, Release};
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use crate::abi::{
-    FAILURE_FAAS_CREATE, FAILURE_FAAS_INIT, FAILURE_RELRO, FAILURE_THREAD, Graft, IfuncSlot,
-    Import, Module, STATE_FAILED, STATE_INITIALISING, STATE_READY, SharedEdge, Worker,
+    FAILURE_FAAS_CREATE, FAILURE_FAAS_INIT, FAILURE_MEMORY, FAILURE_RELRO, FAILURE_THREAD, Graft,
+    IfuncSlot, MODULE_INITIALISED, MODULE_INITIALISING, Module, STATE_ARMED, STATE_FAILED,
+    STATE_INITIALISED, STATE_INITIALISING, STATE_READY, SharedEdge, Worker,
 };
-use crate::{call, sys};
+use crate::{call, legacy, sys, tls};
 
-type PthreadCreate = unsafe extern "C" fn(
-    *mut u64,
-    *const c_void,
-    unsafe extern "C" fn(*mut c_void) -> *mut c_void,
-    *mut c_void,
-) -> c_int;
-type PthreadDetach = unsafe extern "C" fn(u64) -> c_int;
 type Resolver = unsafe extern "C" fn() -> u64;
 type Initialiser = unsafe extern "C" fn(c_int, *const *const c_char, *const *const c_char);
 type FaasInit = unsafe extern "C" fn() -> c_int;
@@ -40,36 +35,49 @@ type FaasCreate = unsafe extern "C" fn(
     *mut *mut c_void,
 ) -> c_int;
 
-/// Starts the thread.
+/// A step's outcome: else a `FAILURE_…` and the code that goes with it.
+type Outcome = Result<(), (u32, i32)>;
+
+/// What a call does about a graft that is not ready; true if it is now.
 ///
 /// # Safety
-/// On the worker's thread, in ordinary code, with the graft armed.
+/// On the worker's thread, in ordinary code.
 #[cold]
 #[inline(never)]
-pub unsafe fn begin(graft: &Graft, worker: &Worker) {
+pub unsafe fn advance(graft: &Graft, worker: &Worker) -> bool {
+    // SAFETY: as the caller promises; each state is left once.
+    unsafe {
+        match graft.state.load(Acquire) {
+            STATE_ARMED => begin(graft, worker),
+            STATE_INITIALISED => match legacy::adopt(graft, worker) {
+                Ok(()) => {
+                    graft.state.store(STATE_READY, Release);
+                    return true;
+                }
+                Err(failure) => fail(graft, failure),
+            },
+            _ => {}
+        }
+    }
+    false
+}
+
+/// Starts the thread.
+unsafe fn begin(graft: &Graft, worker: &Worker) {
     graft.state.store(STATE_INITIALISING, Release);
     let mut thread = 0_u64;
-    // SAFETY: the patcher resolved both in the worker's own C library.
+    // SAFETY: the graft outlives the thread.
     unsafe {
-        let create: PthreadCreate =
-            core::mem::transmute(worker.imports[Import::PthreadCreate as usize] as usize);
-        let error = create(
-            &mut thread,
-            core::ptr::null(),
-            run,
-            core::ptr::from_ref(graft).cast_mut().cast(),
-        );
+        let argument = core::ptr::from_ref(graft).cast_mut().cast();
+        let error = worker.pthread_create(&mut thread, core::ptr::null(), run, argument);
         if error != 0 {
-            fail(graft, FAILURE_THREAD, error);
-            return;
+            return fail(graft, (FAILURE_THREAD, error));
         }
-        let detach: PthreadDetach =
-            core::mem::transmute(worker.imports[Import::PthreadDetach as usize] as usize);
-        detach(thread);
+        worker.pthread_detach(thread);
     }
 }
 
-fn fail(graft: &Graft, failure: u32, code: i32) {
+fn fail(graft: &Graft, (failure, code): (u32, i32)) {
     graft.failure.set(failure);
     graft.failure_code.set(code);
     // SAFETY: the patcher wrote the address.
@@ -88,23 +96,35 @@ unsafe extern "C" fn run(graft: *mut c_void) -> *mut c_void {
     unsafe {
         let graft = &*(graft as *const Graft);
         let worker = &*(graft.worker as *const Worker);
-        initialise(graft, worker);
+        let mut outcome = initialise(graft, worker);
+        if !legacy::leave(graft, worker) && outcome.is_ok() {
+            outcome = Err((FAILURE_MEMORY, 0));
+        }
+        match outcome {
+            Ok(()) => graft.state.store(STATE_INITIALISED, Release),
+            Err(failure) => fail(graft, failure),
+        }
     }
     core::ptr::null_mut()
 }
 
-unsafe fn initialise(graft: &Graft, worker: &Worker) {
+unsafe fn initialise(graft: &Graft, worker: &Worker) -> Outcome {
     // SAFETY: slots, functions and ranges were computed by the patcher for
-    // this image, and the order is the dynamic linker's own: relocations,
-    // RELRO, initialisers.
+    // these images, and the order is the dynamic linker's own: relocations,
+    // RELRO, thread-local storage, initialisers.
     unsafe {
         // A thread starts with its creator's modes, and the caller may have
         // changed its own.
         sys::set_floating_point(sys::DEFAULT_MXCSR, sys::DEFAULT_FPUCW);
+        // Two grafts may get ready at once: both store the same.
         if worker.memcpy_resolver != 0 {
-            // Two grafts may get ready at once: both store the same.
             let resolver: Resolver = core::mem::transmute(worker.memcpy_resolver as usize);
             worker.memcpy.set(resolver());
+        }
+        worker.xsave_len.set(sys::xsave_len());
+        tls::create_key(graft, worker)?;
+        if !legacy::begin(graft, worker) {
+            return Err((FAILURE_MEMORY, 0));
         }
         // What an image depends on comes behind it: bound before it, as its
         // own resolvers may call there.
@@ -114,8 +134,11 @@ unsafe fn initialise(graft: &Graft, worker: &Worker) {
             left -= 1;
             let error = bind(&*modules.add(left));
             if error != 0 {
-                return fail(graft, FAILURE_RELRO, error);
+                return Err((FAILURE_RELRO, error));
             }
+        }
+        if !tls::make_all(graft) {
+            return Err((FAILURE_MEMORY, 0));
         }
         let order = graft.init_order as *const u64;
         let mut index = 0;
@@ -126,20 +149,20 @@ unsafe fn initialise(graft: &Graft, worker: &Worker) {
         let faas_init: FaasInit = core::mem::transmute(graft.faas_init as usize);
         let code = faas_init();
         if code != 0 {
-            return fail(graft, FAILURE_FAAS_INIT, code);
+            return Err((FAILURE_FAAS_INIT, code));
         }
         let faas_create: FaasCreate = core::mem::transmute(graft.faas_create as usize);
         let mut handle = core::ptr::null_mut();
         let context = core::ptr::from_ref(graft).cast_mut().cast();
         let code = faas_create(context, call::ng_invoke, call::ng_append, &mut handle);
         if code != 0 {
-            return fail(graft, FAILURE_FAAS_CREATE, code);
+            return Err((FAILURE_FAAS_CREATE, code));
         }
         graft.handle.set(handle as u64);
         let (mxcsr, fpucw) = sys::floating_point(false);
         graft.mxcsr.set(mxcsr & !0x3f);
         graft.fpucw.set(u32::from(fpucw));
-        graft.state.store(STATE_READY, Release);
+        Ok(())
     }
 }
 
@@ -168,10 +191,11 @@ unsafe fn bind(module: &Module) -> i32 {
 }
 
 /// Runs an image's initialisers, once.
-unsafe fn construct(graft: &Graft, module: &Module) {
-    if module.initialised.replace(1) != 0 {
+pub(crate) unsafe fn construct(graft: &Graft, module: &Module) {
+    if module.initialised.get() != 0 {
         return;
     }
+    module.initialised.set(MODULE_INITIALISING);
     let inits = module.inits as *const u64;
     let mut index = 0;
     // SAFETY: as for `bind`.
@@ -186,4 +210,5 @@ unsafe fn construct(graft: &Graft, module: &Module) {
             index += 1;
         }
     }
+    module.initialised.set(MODULE_INITIALISED);
 }
