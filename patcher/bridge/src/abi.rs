@@ -486,6 +486,8 @@ pub struct Graft {
     pub parent: u64,
     /// The graft whose call is active around this one's, 0 for none.
     pub outer: Cell<u64>,
+    /// Time-stamp counter at the running call's start, 0 if it is not timed.
+    pub started: Cell<u64>,
     /// MXCSR of the running call's caller.
     pub caller_mxcsr: Cell<u32>,
     /// x87 control word of the running call's caller.

@@ -10,7 +10,7 @@
 //!  Foo:   call stub ──► stub: displaced code; push target; r11 = site
 //!                         │
 //!                         ▼
-//!  bridge: ng_enter ──► ng_call: gate, name, target, thread, ready, free,
+//!  bridge: ng_enter ──► prepare: gate, name, target, thread, ready, free,
 //!            ▲   │              stack and memory in order?
 //!            │   │                no ──► registers back, jump to target (RPC)
 //!            │   └─ result        yes ─► input scratch ─► Bar's faas_func_call
@@ -36,11 +36,13 @@ pub mod arena;
 pub mod call;
 pub mod entry;
 pub mod environment;
+pub mod exit;
 pub mod imports;
 pub mod legacy;
 pub mod start;
 mod sys;
 pub mod tls;
+pub mod unwind;
 
 #[cfg(test)]
 mod tests;

@@ -8,32 +8,18 @@
 //!                            └──────────► Failed (gate off)
 //! ```
 
-use core::ffi::{c_char, c_int, c_void};
+use core::arch::naked_asm;
+use core::ffi::c_void;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use crate::abi::{
-    FAILURE_FAAS_CREATE, FAILURE_FAAS_INIT, FAILURE_MEMORY, FAILURE_RELRO, FAILURE_THREAD, Graft,
-    IfuncSlot, MODULE_INITIALISED, MODULE_INITIALISING, Module, STATE_ARMED, STATE_FAILED,
-    STATE_INITIALISED, STATE_INITIALISING, STATE_READY, SharedEdge, Worker,
+    FAILURE_EXCEPTION, FAILURE_FAAS_CREATE, FAILURE_FAAS_INIT, FAILURE_MEMORY, FAILURE_RELRO,
+    FAILURE_THREAD, Graft, IfuncSlot, MODULE_INITIALISED, MODULE_INITIALISING, Module, STATE_ARMED,
+    STATE_FAILED, STATE_INITIALISED, STATE_INITIALISING, STATE_READY, SharedEdge, Worker,
 };
-use crate::{call, legacy, sys, tls};
+use crate::{call, exit, legacy, sys, tls, unwind};
 
 type Resolver = unsafe extern "C" fn() -> u64;
-type Initialiser = unsafe extern "C" fn(c_int, *const *const c_char, *const *const c_char);
-type FaasInit = unsafe extern "C" fn() -> c_int;
-type FaasCreate = unsafe extern "C" fn(
-    *mut c_void,
-    unsafe extern "C" fn(
-        *mut c_void,
-        *const c_char,
-        *const u8,
-        usize,
-        *mut *const u8,
-        *mut usize,
-    ) -> c_int,
-    unsafe extern "C" fn(*mut c_void, *const u8, usize),
-    *mut *mut c_void,
-) -> c_int;
 
 /// A step's outcome: else a `FAILURE_…` and the code that goes with it.
 type Outcome = Result<(), (u32, i32)>;
@@ -89,6 +75,122 @@ fn fail(graft: &Graft, (failure, code): (u32, i32)) {
     graft.state.store(STATE_FAILED, Release);
 }
 
+/// What [`guarded`] gives, in `rax` and `rdx`.
+#[repr(C)]
+struct Guarded {
+    result: i64,
+    /// Not 0: an exception came instead of a result.
+    threw: u64,
+}
+
+/// Calls `function` with the arguments, for `graft` if that is not null. An
+/// exception ends here; forced unwinding passes, and what it passes then is
+/// plain frames of ours, in which nothing runs any more.
+#[unsafe(naked)]
+unsafe extern "C" fn guarded(
+    function: u64,
+    first: u64,
+    second: u64,
+    third: u64,
+    fourth: u64,
+    graft: *const Graft,
+) -> Guarded {
+    naked_asm!(
+        ".cfi_startproc",
+        ".cfi_personality 0x1b, {personality}", // pcrel, sdata4
+        "endbr64",
+        "push rbp",
+        ".cfi_def_cfa_offset 16",
+        ".cfi_offset rbp, -16",
+        "mov rbp, rsp",
+        ".cfi_def_cfa_register rbp",
+        "push r9",
+        "push r9",
+        "mov rax, rdi",
+        "mov rdi, rsi",
+        "mov rsi, rdx",
+        "mov rdx, rcx",
+        "mov rcx, r8",
+        "call rax",
+        "cdqe",
+        "xor edx, edx",
+        "leave",
+        ".cfi_def_cfa rsp, 8",
+        ".cfi_restore rbp",
+        "ret",
+        ".cfi_endproc",
+        personality = sym unwind::guarded_personality,
+    );
+}
+
+/// Where an exception ends: in [`guarded`]'s frame.
+///
+/// # Safety
+/// Entered by the unwinder alone.
+#[unsafe(naked)]
+pub(crate) unsafe extern "C" fn landing_caught() {
+    naked_asm!(
+        ".cfi_startproc",
+        ".cfi_def_cfa rbp, 16",
+        ".cfi_offset rbp, -16",
+        "endbr64",
+        "mov rdi, rax",
+        "call {end}",
+        "mov edx, 1",
+        "leave",
+        ".cfi_def_cfa rsp, 8",
+        ".cfi_restore rbp",
+        "ret",
+        ".cfi_endproc",
+        end = sym unwind::end,
+    );
+}
+
+/// Where forced unwinding comes through: an initialiser ended its thread.
+///
+/// # Safety
+/// As for [`landing_caught`].
+#[unsafe(naked)]
+pub(crate) unsafe extern "C" fn landing_forced() {
+    naked_asm!(
+        ".cfi_startproc",
+        ".cfi_def_cfa rbp, 16",
+        ".cfi_offset rbp, -16",
+        "endbr64",
+        "mov rdi, [rbp - 8]",
+        "push rax",
+        "push rax",
+        "call {ended}",
+        "call {resume}",
+        "pop rdi",
+        "pop rdi",
+        "call rax",
+        "ud2", // it does not come back
+        ".cfi_endproc",
+        ended = sym ended,
+        resume = sym unwind::resume,
+    );
+}
+
+unsafe extern "C" fn ended(graft: *const Graft) {
+    if !graft.is_null() {
+        // SAFETY: this is the thread of its initialisers.
+        unsafe { finish(&*graft, Err((FAILURE_EXCEPTION, 0))) };
+    }
+}
+
+/// [`guarded`], on the initialisers' thread.
+unsafe fn checked(graft: &Graft, function: u64, arguments: [u64; 4]) -> Result<i32, (u32, i32)> {
+    let [first, second, third, fourth] = arguments;
+    // SAFETY: a function of the callee's, with its arguments.
+    let Guarded { result, threw } =
+        unsafe { guarded(function, first, second, third, fourth, graft) };
+    match threw {
+        0 => Ok(result as i32),
+        _ => Err((FAILURE_EXCEPTION, 0)),
+    }
+}
+
 /// The thread's routine.
 unsafe extern "C" fn run(graft: *mut c_void) -> *mut c_void {
     // SAFETY: `begin` passed the graft; while it is initialising no other
@@ -96,16 +198,23 @@ unsafe extern "C" fn run(graft: *mut c_void) -> *mut c_void {
     unsafe {
         let graft = &*(graft as *const Graft);
         let worker = &*(graft.worker as *const Worker);
-        let mut outcome = initialise(graft, worker);
-        if !legacy::leave(graft, worker) && outcome.is_ok() {
-            outcome = Err((FAILURE_MEMORY, 0));
-        }
-        match outcome {
-            Ok(()) => graft.state.store(STATE_INITIALISED, Release),
-            Err(failure) => fail(graft, failure),
-        }
+        finish(graft, initialise(graft, worker));
     }
     core::ptr::null_mut()
+}
+
+/// Takes off the thread what is not its own, and says how it went.
+unsafe fn finish(graft: &Graft, mut outcome: Outcome) {
+    // SAFETY: as for `run`.
+    unsafe {
+        if !legacy::leave(graft, &*(graft.worker as *const Worker)) && outcome.is_ok() {
+            outcome = Err((FAILURE_MEMORY, 0));
+        }
+    }
+    match outcome {
+        Ok(()) => graft.state.store(STATE_INITIALISED, Release),
+        Err(failure) => fail(graft, failure),
+    }
 }
 
 unsafe fn initialise(graft: &Graft, worker: &Worker) -> Outcome {
@@ -126,6 +235,13 @@ unsafe fn initialise(graft: &Graft, worker: &Worker) -> Outcome {
         if !legacy::begin(graft, worker) {
             return Err((FAILURE_MEMORY, 0));
         }
+        unwind::register(graft, worker);
+        // Before the first constructor: exit handlers run last first, and
+        // what constructors register comes before what the linker's own
+        // finalisers do.
+        if !exit::register(graft, worker) {
+            return Err((FAILURE_MEMORY, 0));
+        }
         // What an image depends on comes behind it: bound before it, as its
         // own resolvers may call there.
         let modules = graft.modules as *const Module;
@@ -143,22 +259,27 @@ unsafe fn initialise(graft: &Graft, worker: &Worker) -> Outcome {
         let order = graft.init_order as *const u64;
         let mut index = 0;
         while index < graft.init_order_count as usize {
-            construct(graft, &*(*order.add(index) as *const Module));
+            if !construct(graft, &*(*order.add(index) as *const Module), graft) {
+                return Err((FAILURE_EXCEPTION, 0));
+            }
             index += 1;
         }
-        let faas_init: FaasInit = core::mem::transmute(graft.faas_init as usize);
-        let code = faas_init();
+        let code = checked(graft, graft.faas_init, [0; 4])?;
         if code != 0 {
             return Err((FAILURE_FAAS_INIT, code));
         }
-        let faas_create: FaasCreate = core::mem::transmute(graft.faas_create as usize);
-        let mut handle = core::ptr::null_mut();
-        let context = core::ptr::from_ref(graft).cast_mut().cast();
-        let code = faas_create(context, call::ng_invoke, call::ng_append, &mut handle);
+        let mut handle = 0_u64;
+        let arguments = [
+            core::ptr::from_ref(graft) as u64,
+            call::ng_invoke as *const () as u64,
+            call::ng_append as *const () as u64,
+            &raw mut handle as u64,
+        ];
+        let code = checked(graft, graft.faas_create, arguments)?;
         if code != 0 {
             return Err((FAILURE_FAAS_CREATE, code));
         }
-        graft.handle.set(handle as u64);
+        graft.handle.set(handle);
         let (mxcsr, fpucw) = sys::floating_point(false);
         graft.mxcsr.set(mxcsr & !0x3f);
         graft.fpucw.set(u32::from(fpucw));
@@ -190,25 +311,29 @@ unsafe fn bind(module: &Module) -> i32 {
     }
 }
 
-/// Runs an image's initialisers, once.
-pub(crate) unsafe fn construct(graft: &Graft, module: &Module) {
+/// Runs an image's initialisers, once; false if one of them let an exception
+/// out. `thread` is the graft on the thread of its initialisers, else null.
+///
+/// # Safety
+/// The module is bound, and is one of the graft's.
+pub(crate) unsafe fn construct(graft: &Graft, module: &Module, thread: *const Graft) -> bool {
     if module.initialised.get() != 0 {
-        return;
+        return true;
     }
     module.initialised.set(MODULE_INITIALISING);
     let inits = module.inits as *const u64;
     let mut index = 0;
-    // SAFETY: as for `bind`.
-    unsafe {
-        while index < module.init_count as usize {
-            let init: Initialiser = core::mem::transmute(*inits.add(index) as usize);
-            init(
-                graft.argc as c_int,
-                graft.argv as *const *const c_char,
-                graft.environ as *const *const c_char,
-            );
-            index += 1;
+    while index < module.init_count as usize {
+        // SAFETY: the patcher computed the addresses for this image.
+        let threw = unsafe {
+            let init = *inits.add(index);
+            guarded(init, graft.argc, graft.argv, graft.environ, 0, thread).threw
+        };
+        if threw != 0 {
+            return false;
         }
+        index += 1;
     }
     module.initialised.set(MODULE_INITIALISED);
+    true
 }

@@ -1,8 +1,10 @@
 //! The bridge in an ordinary process: records as the patcher would write them,
 //! around the real C library.
 
+mod image;
 mod legacy;
 mod tls;
+mod unwind;
 
 use std::ffi::CString;
 use std::sync::{Mutex, MutexGuard, PoisonError};
