@@ -1,6 +1,9 @@
 //! `reference_host FUNCTIONS.json NAME`: runs one function, loaded by plain
 //! `dlopen`, for requests on its standard input.
 
+#[path = "../cxx_program.rs"]
+mod cxx_program;
+
 use std::process::ExitCode;
 
 use nightgraft_testbed::coverage::reference;

@@ -111,12 +111,10 @@ impl<'f> Commands<'f> {
             ("Bar", f.callee.clone(), role != Role::Caller),
         ];
         for (name, file) in &f.directives.functions {
-            let own = f.dir.join(file);
-            let shared = f.dir.with_file_name("shared").join(file);
-            if own.is_file() {
-                all.push((name, own, true));
-            } else {
-                all.push((name, shared, false));
+            // One half of the shared ones, or a source of its own.
+            match file.strip_prefix("shared/") {
+                Some(_) => all.push((name, f.dir.with_file_name(file), false)),
+                None => all.push((name, f.dir.join(file), true)),
             }
         }
         all
@@ -134,6 +132,7 @@ impl<'f> Commands<'f> {
                 .directives
                 .libraries
                 .iter()
+                .chain(&self.fixture.directives.plugins)
                 .map(|(source, _)| dir.join(own_library(source)))
                 .collect(),
         }
@@ -157,7 +156,7 @@ impl<'f> Commands<'f> {
             }
         }
         self.variant.to_string().hash(hasher);
-        (&d.link, &d.libraries).hash(hasher);
+        (&d.link, &d.libraries, &d.plugins).hash(hasher);
         for program in ["gcc", "clang", "rustc"] {
             versions(program).hash(hasher);
         }
@@ -168,10 +167,11 @@ impl<'f> Commands<'f> {
 
     fn run(&self, work: &Path) -> Result<(), BuildError> {
         let d = &self.fixture.directives;
-        for (source, arguments) in &d.libraries {
+        for (source, arguments) in d.libraries.iter().chain(&d.plugins) {
             let file = own_library(source);
             let mut command = self.compiler(&self.fixture.dir.join(source), work)?;
-            command.args(&arguments[..]);
+            let dir = self.fixture.dir.display().to_string();
+            command.args(arguments.iter().map(|a| a.replace("{dir}", &dir)));
             command.arg(format!("-Wl,-soname,{file}"));
             command.args(["-L.", "-Wl,-rpath,$ORIGIN", "-o", &file]);
             finish(command)?;
@@ -392,6 +392,12 @@ fn process(what: Tool, library: &Path) -> Result<(), BuildError> {
                 .arg(format!("--add-section=.note.added={}", section.display()))
                 .arg(library)
                 .arg(&rewritten);
+            command
+        }
+        Tool::Sections => {
+            let mut command = tool_of(&["llvm-strip", "llvm-strip-14"])?;
+            command.arg("--strip-sections").arg("-o").arg(&rewritten);
+            command.arg(library);
             command
         }
         Tool::Patchelf => {

@@ -10,9 +10,10 @@
 //! | `flags` | compiler flags | how; repeated: one variant each (default `-O2`) |
 //! | `matrix` | `abi` | also with each of the matrix's flags |
 //! | `link` | linker arguments | after the sources |
-//! | `library` | `FILE [ARGUMENTS]` | a library of its own that it links, found by `$ORIGIN` |
+//! | `library` | `FILE [ARGUMENTS]` | a library of its own that it links, found by `$ORIGIN`; `{dir}` is the fixture's folder |
+//! | `plugin` | `FILE [ARGUMENTS]` | the same for a library that it loads by itself |
 //! | `linker` | `bfd gold lld` | one variant each (default: the compiler's) |
-//! | `tools` | `bolt objcopy patchelf` | one variant more for each, processed by it |
+//! | `tools` | `bolt objcopy patchelf sections` | one variant more for each, processed by it |
 //! | `dependency` | `in-callee-only in-caller-too` | where the libraries of `link` are; one variant each |
 //! | `input` | text with `\n \t \\ \xNN` | one request; repeated |
 //! | `input-repeat` | `N TEXT` | one request: the text N times |
@@ -23,7 +24,7 @@
 //! | `allow-effects` | `KIND,…` | what the patch is told to allow |
 //! | `env`, `caller-env` | `NAME=VALUE` | environment of the callees' or the caller's worker |
 //! | `file`, `callee-file` | `NAME=TEXT` | a file in the working directory of all workers, or of the callees' only |
-//! | `function` | `NAME=FILE` | a further function, compiled like the main half |
+//! | `function` | `NAME=FILE` | a further function, compiled like the main half, or `shared/callee.c` |
 //! | `edges` | `Foo>Bar Foo>Baz` | what is fused, in this order (default `Foo>Bar`) |
 //! | `fused-calls` | N | fused calls of the first edge per pass (default: one per input) |
 //! | `idle` | `Baz …` | functions whose workers must not run in a fused pass |
@@ -99,6 +100,8 @@ pub enum Tool {
     Objcopy,
     /// patchelf: the dynamic section and string table moved.
     Patchelf,
+    /// llvm-strip: no section headers left.
+    Sections,
 }
 
 impl Tool {
@@ -108,6 +111,7 @@ impl Tool {
             Self::Bolt => "bolt",
             Self::Objcopy => "objcopy",
             Self::Patchelf => "patchelf",
+            Self::Sections => "sections",
         }
     }
 }
@@ -147,6 +151,7 @@ pub struct Directives {
     pub link: Vec<String>,
     /// Source file and its own arguments.
     pub libraries: Vec<(String, Vec<String>)>,
+    pub plugins: Vec<(String, Vec<String>)>,
     pub linkers: Vec<Linker>,
     pub tools: Vec<Tool>,
     pub dependency: Vec<Dependency>,
@@ -186,6 +191,7 @@ impl Directives {
             abi_matrix: false,
             link: Vec::new(),
             libraries: Vec::new(),
+            plugins: Vec::new(),
             linkers: Vec::new(),
             tools: Vec::new(),
             dependency: Vec::new(),
@@ -262,11 +268,8 @@ impl Directives {
                 self.abi_matrix = true;
             }
             "link" => self.link.extend(words(value)),
-            "library" => {
-                let mut words = words(value).into_iter();
-                let source = words.next().context("a library's source file is wanted")?;
-                self.libraries.push((source, words.collect()));
-            }
+            "library" => self.libraries.push(source_and_arguments(value)?),
+            "plugin" => self.plugins.push(source_and_arguments(value)?),
             "linker" => {
                 self.linkers = each(value, |word| match word {
                     "bfd" => Some(Linker::Bfd),
@@ -280,6 +283,7 @@ impl Directives {
                     "bolt" => Some(Tool::Bolt),
                     "objcopy" => Some(Tool::Objcopy),
                     "patchelf" => Some(Tool::Patchelf),
+                    "sections" => Some(Tool::Sections),
                     _ => None,
                 })?;
             }
@@ -356,6 +360,12 @@ impl Directives {
     }
 }
 
+fn source_and_arguments(value: &str) -> Result<(String, Vec<String>)> {
+    let mut words = words(value).into_iter();
+    let source = words.next().context("a library's source file is wanted")?;
+    Ok((source, words.collect()))
+}
+
 fn words(value: &str) -> Vec<String> {
     value.split_whitespace().map(str::to_owned).collect()
 }
@@ -422,7 +432,7 @@ mod tests {
         let d = parse(
             "/* A comment. */\n//# about: all of them\n//# kind: Test\n//# role: pair\n\
              //# compilers: clang\n//# flags: -O1 -g\n//# flags: -O3\n//# matrix: abi\n\
-             //# link: -lz -lm\n//# library: a.cc -lm\n//# linker: bfd lld\n\
+             //# link: -lz -lm\n//# library: a.cc -lm\n//# plugin: p.c\n//# linker: bfd lld\n\
              //# tools: bolt patchelf\n//# dependency: in-callee-only in-caller-too\n\
              // an ordinary comment\n//# input: a\\n\\x00\\\\\n//# input:\n\
              //# input-repeat: 3 ab\n//# fused-input: x => -1:\n//# warm: w\n//# expect: refused tls\n//# because: so\n\

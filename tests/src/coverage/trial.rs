@@ -16,7 +16,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -77,6 +77,7 @@ pub fn run(
     let node = Node::start(node(d, variant, built, dir.path())?).context("the node")?;
     let trial = Trial {
         directives: d,
+        caller_library: &built.functions["Foo"],
         functions: built.functions.keys().map(String::as_str).collect(),
         node: &node,
         agent,
@@ -173,6 +174,7 @@ fn node(d: &Directives, variant: &Variant, built: &Built, dir: &Path) -> Result<
 
 struct Trial<'t> {
     directives: &'t Directives,
+    caller_library: &'t Path,
     functions: Vec<&'t str>,
     node: &'t Node,
     agent: &'t Agent,
@@ -297,8 +299,7 @@ impl Trial<'_> {
             let code = error["code"].as_str().unwrap_or_default();
             ensure!(
                 !code.is_empty(),
-                "patch {caller} {callee}: {answer:?}\n{}",
-                self.agent.log()
+                "patch {caller} {callee}: {answer:?}"
             );
             let why = error["message"].as_str().unwrap_or_default();
             return Ok(Some(Outcome::Refused {
@@ -362,28 +363,44 @@ impl Trial<'_> {
                 Instant::now() < deadline,
                 "{callee} does not get ready in {caller}: {status}"
             );
-            match self.node.call("Foo", input) {
-                Ok(_) | Err(crate::CallError::Status(_)) => {}
-                Err(e) => bail!("a call while {callee} gets ready: {e}"),
-            }
+            // At once and often, so that each worker gets some.
+            std::thread::scope(|scope| {
+                let threads: Vec<_> = states
+                    .iter()
+                    .map(|_| scope.spawn(|| self.call_some(input, states.len())))
+                    .collect();
+                threads.into_iter().try_for_each(|t| match t.join() {
+                    Ok(result) => result,
+                    Err(panic) => std::panic::resume_unwind(panic),
+                })
+            })
+            .with_context(|| format!("a call while {callee} gets ready"))?;
             std::thread::sleep(Duration::from_millis(3));
         }
     }
 
+    /// One call, or many where there are several workers to reach.
+    fn call_some(&self, input: &[u8], workers: usize) -> Result<()> {
+        for _ in 0..if workers > 1 { 50 } else { 1 } {
+            match self.node.call("Foo", input) {
+                Ok(_) | Err(crate::CallError::Status(_)) => {}
+                Err(e) => bail!("{e}"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Another file under the callee's name, as a deployment in place leaves.
     fn replace_callee(&self) -> Result<()> {
-        let worker = self.node.workers("Bar")?;
-        let worker = worker.first().context("no worker of Bar")?;
-        let root = PathBuf::from(format!("/proc/{}/root", worker.host_pid));
-        let library = root.join("functions/libbar.so");
-        // Another file of the same content would be no other library.
-        let mut bytes = fs::read(&library)?;
-        let end = bytes.len() - 1;
-        bytes[end] ^= 0xff;
-        let aside = root.join("functions/libbar.new");
-        let middle = bytes.len() / 2;
-        bytes[middle] ^= 0xff;
-        fs::write(&aside, bytes)?;
-        fs::rename(aside, library)?;
+        let container = fs::read_dir(self.node.dir())?
+            .flatten()
+            .map(|entry| entry.path())
+            .find(|path| path.to_string_lossy().ends_with("-Bar"))
+            .context("no container of Bar")?;
+        let library = container.join("root/functions/libbar.so");
+        let other = container.join("root/functions/libfoo-as-bar.so");
+        fs::copy(&self.caller_library, &other)?;
+        fs::rename(other, library)?;
         Ok(())
     }
 
