@@ -15,11 +15,13 @@
 //! - [`fixtures`]: functions in C; [`client`] and [`load`]: who calls them.
 //! - [`agent`]: the agent and `agentctl`, the programs under test.
 //! - [`oracle`]: the machine's dynamic linker as the judge of our loader.
+//! - [`coverage`]: every kind of function, as RPC and fused.
 //! - [`sys`]: all that is unsafe.
 
 pub mod agent;
 pub mod client;
 pub mod container;
+pub mod coverage;
 pub mod engine;
 pub mod fixtures;
 pub mod flags;

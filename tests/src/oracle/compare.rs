@@ -158,10 +158,16 @@ pub(super) fn compare(
 /// thread-local storage at a fixed distance from the thread pointer.
 fn wants_static_tls(scope: &Scope, number: usize) -> bool {
     let relocations = &scope.images()[number].image.dynamic.relocations;
-    let mut asks = relocations
-        .iter()
-        .filter(|r| r.kind == c::R_X86_64_TPOFF64);
+    let mut asks = relocations.iter().filter(|r| r.kind == c::R_X86_64_TPOFF64);
     asks.any(|r| matches!(scope.tls(number, r.symbol), Ok(TlsMeaning::Private { .. })))
+}
+
+/// Whether ld.so runs code of an image to relocate it.
+fn has_resolvers(image: &Image) -> bool {
+    let mut relocations = image.dynamic.relocations.iter();
+    let mut symbols = image.symbols.iter();
+    relocations.any(|r| r.kind == c::R_X86_64_IRELATIVE)
+        || symbols.any(|s| s.kind == c::STT_GNU_IFUNC && !s.undefined())
 }
 
 /// One image under comparison.
@@ -266,11 +272,14 @@ impl Subject<'_> {
     fn rest(&mut self, object: &Object) {
         // ld.so keeps addresses in the dynamic section, and the host has
         // changed the initialisers there.
-        let image = self.image();
+        let own = self.own;
+        let image = &own.image;
         let dynamic = (image.dynamic_vaddr, image.dynamic_bytes);
         let at = dynamic.0.wrapping_add(self.loaded.bias);
         self.ours.settle(&self.live, at, dynamic.1 as usize);
-        for (at, ours, live) in self.ours.differences(&self.live, MOST) {
+        // Resolvers of its own have run there, and may have kept something.
+        let writable = !has_resolvers(image);
+        for (at, ours, live) in self.ours.differences(&self.live, writable, MOST) {
             let at = at.wrapping_sub(self.loaded.bias);
             self.push(
                 format!("bytes at {at:#x} without a relocation"),

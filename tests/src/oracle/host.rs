@@ -70,7 +70,9 @@ impl Unloadable {
         match self {
             Unloadable::Error(text) if text.contains("undefined symbol") => "undefined symbol",
             Unloadable::Error(text) if text.contains("cannot open shared") => "missing dependency",
-            Unloadable::Error(text) if text.contains("static TLS block") => "no room for static TLS",
+            Unloadable::Error(text) if text.contains("static TLS block") => {
+                "no room for static TLS"
+            }
             Unloadable::Error(_) => "other error",
             Unloadable::Died(_) => "died",
             Unloadable::Timeout => "timeout",
@@ -115,8 +117,15 @@ impl Object {
             .map(|word| u64::from_str_radix(word, 16))
             .collect::<Result<_, _>>()
             .with_context(|| format!("the host said {line:?}"))?;
-        let &[bias, tls_module, tls_block, unwind, init, init_array, init_bytes] =
-            numbers.as_slice()
+        let &[
+            bias,
+            tls_module,
+            tls_block,
+            unwind,
+            init,
+            init_array,
+            init_bytes,
+        ] = numbers.as_slice()
         else {
             bail!("the host said {line:?}");
         };

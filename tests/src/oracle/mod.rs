@@ -69,6 +69,9 @@ pub struct Outcome {
     /// It, or a library of which it gets a copy, wants thread-local storage of
     /// its own at a fixed distance from the thread pointer.
     pub static_tls: bool,
+    /// Every word of every private image was compared and is as ld.so made it:
+    /// if it is refused, then for what it imports.
+    pub equal: bool,
     /// Relocated words compared.
     pub words: usize,
     /// Private images.
@@ -85,6 +88,7 @@ impl Outcome {
             library: library.to_owned(),
             verdict,
             static_tls: false,
+            equal: false,
             words: 0,
             images: 0,
             bytes: 0,
@@ -98,7 +102,9 @@ impl fmt::Display for Outcome {
         let library = self.library.display();
         match &self.verdict {
             Verdict::Agree => write!(f, "agree       {library}"),
-            Verdict::Refused { code, reason } => write!(f, "refused     {library}: {code}: {reason}"),
+            Verdict::Refused { code, reason } => {
+                write!(f, "refused     {library}: {code}: {reason}")
+            }
             Verdict::Unloadable(why) => write!(f, "unloadable  {library}: {why}"),
             Verdict::Differ(differences) => {
                 write!(f, "DIFFER      {library}")?;
@@ -149,6 +155,7 @@ pub fn judge(program: &Program, library: &Path, patience: Duration) -> Result<Ou
     let compared = compare::compare(&mut host, &worker, &scope, relocated)?;
     outcome.words = compared.words;
     outcome.static_tls = compared.static_tls;
+    outcome.equal = compared.differences.is_empty() && compared.refused.is_none();
     if !compared.differences.is_empty() {
         outcome.verdict = Verdict::Differ(compared.differences);
     } else if let Some(refused) = refused.or(compared.refused) {
@@ -205,4 +212,114 @@ pub fn judge_all(
         }
     });
     tally.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+    use std::sync::Arc;
+
+    use nightgraft_patcher::elf::constants as c;
+
+    use super::*;
+
+    const SOURCE: &str = "
+        #include <stdlib.h>
+        char *value(void) { return getenv(\"HOME\"); }
+        char *(*const pointer)(void) = value;
+        __thread int own = 3; int *mine(void) { return &own; }
+        static void started(void) {} static void ended(void) {}
+        __attribute__((section(\".init_array\"), used)) static void (*init)(void) = started;
+        __attribute__((section(\".fini_array\"), used)) static void (*fini)(void) = ended;
+    ";
+
+    /// What differs in a library if our loader makes something else of it.
+    fn differences(spoil: impl Fn(&mut nightgraft_patcher::elf::Image)) -> Vec<String> {
+        let folder = tempfile::tempdir().unwrap();
+        let (source, library) = (folder.path().join("a.c"), folder.path().join("a.so"));
+        std::fs::write(&source, SOURCE).unwrap();
+        let gcc = Command::new("gcc")
+            .args(["-shared", "-fPIC", "-o"])
+            .args([&library, &source])
+            .status();
+        assert!(gcc.unwrap().success());
+        let program = Program::compile().unwrap();
+        let mut host = Host::start(&program, &library, Duration::from_secs(10))
+            .unwrap()
+            .unwrap();
+        let mut worker = Worker::read(host.pid(), Path::new(host.library())).unwrap();
+        let module = &mut worker.modules[worker.library];
+        let mut image = module.image.as_ref().clone();
+        spoil(&mut image);
+        module.image = Arc::new(image);
+        let scope = Scope::without_policy(&idle(&worker), &worker).unwrap();
+        let relocated = compare::relocate(&worker, &scope);
+        let compared = compare::compare(&mut host, &worker, &scope, relocated).unwrap();
+        assert!(compared.words > 10 && compared.refused.is_none());
+        let differences = compared.differences.iter();
+        differences.map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn what_our_loader_would_do_wrong_shows() {
+        assert_eq!(differences(|_| ()), [""; 0]);
+        let of = |kind: u32, change: i64| {
+            differences(|image| {
+                let mut relocations = image.dynamic.relocations.iter_mut();
+                let entry = relocations.rfind(|r| r.kind == kind).unwrap();
+                entry.addend = entry.addend.map(|addend| addend + change);
+            })
+        };
+        for (found, what) in [
+            (of(c::R_X86_64_RELATIVE, 8), "R_X86_64_RELATIVE"),
+            (of(c::R_X86_64_64, 8), "R_X86_64_64 at"),
+        ] {
+            assert!(found.iter().any(|text| text.contains(what)), "{found:?}");
+        }
+        let missing = differences(|image| {
+            let relocations = &mut image.dynamic.relocations;
+            let at = relocations
+                .iter()
+                .position(|r| r.kind == c::R_X86_64_JUMP_SLOT || r.kind == c::R_X86_64_GLOB_DAT);
+            relocations.remove(at.unwrap());
+        });
+        assert!(missing[0].contains("without a relocation"), "{missing:?}");
+        let unsealed = differences(|image| image.relro = None);
+        assert!(
+            unsealed[0].contains("(writable, executable)"),
+            "{unsealed:?}"
+        );
+        let uninitialised = differences(|image| image.dynamic.init_array = None);
+        assert!(
+            uninitialised[0].contains("initialisers"),
+            "{uninitialised:?}"
+        );
+        let endless = differences(|image| image.dynamic.fini_array = None);
+        assert!(endless[0].contains("termination"), "{endless:?}");
+        let lost = differences(|image| image.eh_frame_header = None);
+        assert!(lost[0].contains("PT_GNU_EH_FRAME"), "{lost:?}");
+        let own = differences(|image| {
+            let own = image.symbols.iter_mut().find(|s| s.name == "own");
+            own.unwrap().value += 4;
+        });
+        assert!(own[0].contains("of own"), "{own:?}");
+    }
+
+    #[test]
+    fn what_ld_so_does_not_load_has_its_reason() {
+        let program = Program::compile().unwrap();
+        let judged = |path: &str| {
+            let patience = Duration::from_secs(10);
+            judge(&program, Path::new(path), patience).unwrap().verdict
+        };
+        match judged("/nowhere/liba.so") {
+            Verdict::Unloadable(why) => assert_eq!(why.kind(), "missing dependency"),
+            other => panic!("{other:?}"),
+        }
+        let executable = std::env::current_exe().unwrap();
+        match judged(executable.to_str().unwrap()) {
+            Verdict::Unloadable(why) => assert_eq!(why.kind(), "other error"),
+            other => panic!("{other:?}"),
+        }
+    }
 }

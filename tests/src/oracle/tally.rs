@@ -22,8 +22,13 @@ pub struct Tally {
     pub unloadable: usize,
     /// Loadable, but in want of static thread-local storage of their own.
     pub static_tls: usize,
-    /// Of those that want none: loadable, and agreed.
-    pub without_static_tls: (usize, usize),
+    /// Loadable, and in want of none.
+    pub without_static_tls: usize,
+    /// Of those, how many agree …
+    pub agree_without: usize,
+    /// … and in how many every word is as ld.so made it, whether or not what
+    /// they import is refused.
+    pub equal_without: usize,
     /// The refused, by code.
     pub refused_by_code: BTreeMap<String, usize>,
     /// The unloadable, by reason.
@@ -62,8 +67,9 @@ impl Tally {
         if outcome.static_tls {
             self.static_tls += 1;
         } else {
-            self.without_static_tls.0 += 1;
-            self.without_static_tls.1 += usize::from(agrees);
+            self.without_static_tls += 1;
+            self.agree_without += usize::from(agrees);
+            self.equal_without += usize::from(outcome.equal);
         }
     }
 
@@ -71,8 +77,20 @@ impl Tally {
     /// storage of their own: the share that agrees, 0-1; 1 where there is none.
     #[must_use]
     pub fn share(&self) -> f64 {
-        let (all, agree) = self.without_static_tls;
-        if all == 0 { 1.0 } else { agree as f64 / all as f64 }
+        self.of_those_without(self.agree_without)
+    }
+
+    /// Of the same: the share in which every word is as ld.so made it.
+    #[must_use]
+    pub fn equal_share(&self) -> f64 {
+        self.of_those_without(self.equal_without)
+    }
+
+    fn of_those_without(&self, count: usize) -> f64 {
+        match self.without_static_tls {
+            0 => 1.0,
+            all => count as f64 / all as f64,
+        }
     }
 
     /// As an object of numbers.
@@ -87,6 +105,9 @@ impl Tally {
             "refused_by_code": self.refused_by_code,
             "static_tls": self.static_tls,
             "unloadable_by_reason": self.unloadable_by_reason,
+            "without_static_tls": self.without_static_tls,
+            "agree_without_static_tls": self.agree_without,
+            "equal_without_static_tls": self.equal_without,
             "words": self.words,
         })
     }
@@ -95,7 +116,10 @@ impl Tally {
     #[must_use]
     pub fn table(&self) -> String {
         let mut lines = vec![
-            format!("{:7} libraries, {} relocated words", self.libraries, self.words),
+            format!(
+                "{:7} libraries, {} relocated words",
+                self.libraries, self.words
+            ),
             format!("{:7} agree", self.agree),
             format!("{:7} differ", self.differ),
             format!("{:7} refused", self.refused),
@@ -110,10 +134,24 @@ impl Tally {
         lines.extend(rows(&self.refused_by_code));
         lines.push(format!("{:7} unloadable", self.unloadable));
         lines.extend(rows(&self.unloadable_by_reason));
-        lines.push(format!("{:7} with static TLS of their own", self.static_tls));
-        let (all, agree) = self.without_static_tls;
-        let share = self.share() * 100.0;
-        lines.push(format!("{share:6.1} % of the rest agree ({agree} of {all})"));
+        lines.push(format!(
+            "{:7} with static TLS of their own",
+            self.static_tls
+        ));
+        let all = self.without_static_tls;
+        for (share, count, what) in [
+            (self.share(), self.agree_without, "agree"),
+            (
+                self.equal_share(),
+                self.equal_without,
+                "are equal, if not allowed",
+            ),
+        ] {
+            let share = share * 100.0;
+            lines.push(format!(
+                "{share:6.1} % of the rest {what} ({count} of {all})"
+            ));
+        }
         let (longest, what) = &self.slowest;
         lines.push(format!("longest analysis: {longest:.2?} of {what}"));
         lines.join("\n")
@@ -134,13 +172,17 @@ mod tests {
             code: "tls".into(),
             reason: String::new(),
         };
+        let agree = || Outcome {
+            equal: true,
+            ..outcome(Verdict::Agree)
+        };
         let mut tally = Tally::default();
         assert!((tally.share() - 1.0).abs() < 1e-9);
         let mut fixed = outcome(refused());
         fixed.static_tls = true;
         for outcome in [
-            outcome(Verdict::Agree),
-            outcome(Verdict::Agree),
+            agree(),
+            agree(),
             outcome(Verdict::Differ(Vec::new())),
             outcome(refused()),
             fixed,
