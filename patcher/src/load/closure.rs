@@ -158,19 +158,25 @@ fn needs(worker: &Worker, index: usize) -> Result<Vec<usize>, Refused> {
 
 /// Whether a module is what a DT_NEEDED entry asks for.
 fn is_called(module: &Module, needed: &str) -> bool {
+    let last = |path: &str| path.rsplit('/').next().map(str::to_owned);
+    if needed.contains('$') {
+        // What stands for a folder (`$ORIGIN`) is known to the dynamic linker.
+        return last(needed) == last(&module.path);
+    }
     if needed.contains('/') {
         return module.path == needed || module.path.ends_with(&format!("/{needed}"));
     }
     module.image.dynamic.soname.as_deref() == Some(needed)
-        || module.path.rsplit('/').next() == Some(needed)
+        || last(&module.path).as_deref() == Some(needed)
 }
 
 fn is_once(module: &Module) -> bool {
-    ONCE.contains(&module.short_name()) || belongs_to_c_library(module)
+    ONCE.contains(&module.short_name())
 }
 
 /// What the C library loads for itself (name services, character sets): it
-/// does so in the caller's process too.
+/// does so in the caller's process too. Where a library needs one by name, it
+/// is a dependency like others.
 fn belongs_to_c_library(module: &Module) -> bool {
     module.short_name().starts_with("libnss_") || module.path.contains("/gconv/")
 }

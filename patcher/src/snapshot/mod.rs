@@ -18,6 +18,7 @@
 mod linkmap;
 mod mapped;
 mod rootfs;
+mod static_tls;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -332,6 +333,7 @@ impl Worker {
                 pid,
                 library: library.display().to_string(),
             })?;
+        static_tls::complete(&mut modules[..library]);
         Ok(Worker {
             pid,
             start_time,

@@ -119,6 +119,9 @@ pub(super) fn compare(
 ) -> Result<Compared> {
     let mut compared = Compared::default();
     let Relocated { modules, images } = relocated;
+    for module in &worker.modules[..worker.library] {
+        compared.differences.extend(static_tls(host, module));
+    }
     for (number, loaded) in images.into_iter().enumerate() {
         let own = &scope.images()[number];
         compared.static_tls |= wants_static_tls(scope, number);
@@ -160,6 +163,20 @@ fn wants_static_tls(scope: &Scope, number: usize) -> bool {
     let relocations = &scope.images()[number].image.dynamic.relocations;
     let mut asks = relocations.iter().filter(|r| r.kind == c::R_X86_64_TPOFF64);
     asks.any(|r| matches!(scope.tls(number, r.symbol), Ok(TlsMeaning::Private { .. })))
+}
+
+/// A library of the worker's whose thread-local storage is not where the
+/// snapshot takes it to be.
+fn static_tls(host: &Host, module: &Module) -> Option<Difference> {
+    let ours = module.tls_offset?;
+    let block = host.object(module.bias)?.tls_block;
+    let live = host.thread_pointer().wrapping_sub(block);
+    (ours != live).then(|| Difference {
+        image: module.path.clone(),
+        what: "thread-local storage below the thread pointer".into(),
+        ours: hex(ours),
+        live: hex(live),
+    })
 }
 
 /// Whether ld.so runs code of an image to relocate it.

@@ -103,7 +103,12 @@ impl fmt::Display for Outcome {
         match &self.verdict {
             Verdict::Agree => write!(f, "agree       {library}"),
             Verdict::Refused { code, reason } => {
-                write!(f, "refused     {library}: {code}: {reason}")
+                let equal = if self.equal {
+                    " (all words are equal)"
+                } else {
+                    ""
+                };
+                write!(f, "refused     {library}{equal}: {code}: {reason}")
             }
             Verdict::Unloadable(why) => write!(f, "unloadable  {library}: {why}"),
             Verdict::Differ(differences) => {
@@ -158,7 +163,8 @@ pub fn judge(program: &Program, library: &Path, patience: Duration) -> Result<Ou
     outcome.equal = compared.differences.is_empty() && compared.refused.is_none();
     if !compared.differences.is_empty() {
         outcome.verdict = Verdict::Differ(compared.differences);
-    } else if let Some(refused) = refused.or(compared.refused) {
+    } else if let Some(refused) = compared.refused.or(refused) {
+        // What a relocation wants says more than what is not allowed.
         outcome.verdict = refusal(&refused);
     }
     Ok(outcome)
