@@ -95,7 +95,7 @@ mod tests {
     #[test]
     fn blocks_lie_below_each_other() {
         // libstdc++ and libc of Debian 12, as a process had them.
-        let blocks = [block(0x2268f0, 0x20, 8), block(0x1d0ad0, 0x90, 8)];
+        let blocks = [block(0x20_98a8, 0x20, 8), block(0x1c_f8d0, 0x90, 8)];
         assert_eq!(layout(&blocks).unwrap(), [0x20, 0xb0]);
     }
 
