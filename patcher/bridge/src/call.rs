@@ -15,7 +15,7 @@ use crate::abi::{
     Control, Graft, INLINE_INPUT, SAMPLE_EVERY, STATE_ARMED, STATE_READY, SharedEdge, Site, Worker,
 };
 use crate::entry::{Frame, TAKE_RPC};
-use crate::{arena, start, sys};
+use crate::{arena, names, routine, start, sys};
 
 /// `faas_func_call`.
 type FuncCall = unsafe extern "C" fn(*mut c_void, *const u8, usize) -> c_int;
@@ -39,29 +39,66 @@ type Memcpy = unsafe extern "C" fn(*mut u8, *const u8, usize) -> *mut u8;
 /// # Safety
 /// Called by [`crate::entry::ng_enter`] alone, with the frame it built and a
 /// site whose structures the patcher has written.
-pub unsafe extern "C" fn ng_call(frame: *const Frame) -> i64 {
+pub unsafe extern "C" fn ng_call(frame: *mut Frame) -> i64 {
     // SAFETY: see above; what the structures point at is never unmapped while
     // a stub leads here.
-    let (frame, site) = unsafe { (&*frame, &*((*frame).site as *const Site)) };
+    let (call, site) = unsafe { (&*frame, &*((*frame).site as *const Site)) };
     // SAFETY: as above.
     let worker = unsafe { &*(site.worker as *const Worker) };
     // First of all: with another target the "name" may be anything.
-    if frame.target != worker.invoke {
+    if call.target != worker.invoke {
         return other(worker, core::mem::offset_of!(Control, other_target));
     }
-    if sys::thread_pointer() != worker.thread {
-        return other(worker, core::mem::offset_of!(Control, other_thread));
+    // SAFETY: as above; this is an RPC, so `name` is its name.
+    let result = unsafe { at_site(call, site, worker) };
+    if result == TAKE_RPC {
+        // It is decided: not again at the routine's entry.
+        // SAFETY: the frame is ng_enter's, which takes the target from it.
+        unsafe { (*frame).target = routine::rpc(worker) };
+    }
+    result
+}
+
+#[inline(always)]
+unsafe fn at_site(frame: &Frame, site: &Site, worker: &Worker) -> i64 {
+    if let Err(reason) = on_its_thread(worker) {
+        return reason;
     }
     let graft = if frame.name == site.name && frame.name != 0 {
         site.graft
     } else {
-        // SAFETY: as above; this is an RPC, so `name` is its name.
-        match unsafe { by_name(worker, frame.name) } {
+        // SAFETY: as the caller promises.
+        match unsafe { names::find(worker, frame.name) } {
             Some(graft) => graft,
-            None => return other(worker, core::mem::offset_of!(Control, other_name)),
+            None => return other_name(worker),
         }
     };
-    // SAFETY: as above.
+    // SAFETY: the graft is the worker's.
+    unsafe { fused(frame, worker, graft) }
+}
+
+/// Whether this is the thread on which calls run fused; else what to answer.
+#[inline(always)]
+pub(crate) fn on_its_thread(worker: &Worker) -> Result<(), i64> {
+    if sys::thread_pointer() == worker.thread {
+        return Ok(());
+    }
+    Err(other(worker, core::mem::offset_of!(Control, other_thread)))
+}
+
+/// Counts a call of a name that no graft has.
+#[cold]
+pub(crate) fn other_name(worker: &Worker) -> i64 {
+    other(worker, core::mem::offset_of!(Control, other_name))
+}
+
+/// Runs a graft if all is in order.
+///
+/// # Safety
+/// The call is an RPC on the worker's own thread, `graft` one of the worker's.
+#[inline(always)]
+pub(crate) unsafe fn fused(frame: &Frame, worker: &Worker, graft: u64) -> i64 {
+    // SAFETY: as the caller promises.
     let (graft, shared) = unsafe {
         let graft = &*(graft as *const Graft);
         (graft, &*(graft.shared as *const SharedEdge))
@@ -105,54 +142,11 @@ pub unsafe extern "C" fn ng_call(frame: *const Frame) -> i64 {
     }
 }
 
-/// The graft whose name equals the bytes at `name`, terminator included.
-#[cold]
-#[inline(never)]
-unsafe fn by_name(worker: &Worker, name: u64) -> Option<u64> {
-    if name == 0 {
-        return None;
-    }
-    let mut index = 0;
-    while index < worker.count.load(Acquire) as usize {
-        // SAFETY: the patcher wrote the table, 0 where an entry is not there
-        // (yet); `name` is the string that the RPC itself would read next.
-        unsafe {
-            let graft = *worker.grafts.as_ptr().add(index);
-            if graft != 0
-                && same(
-                    (*(graft as *const Graft)).name as *const u8,
-                    name as *const u8,
-                )
-            {
-                return Some(graft);
-            }
-        }
-        index += 1;
-    }
-    None
-}
-
 /// Counts a call that is none of an edge's, in the control area.
 #[cold]
 fn other(worker: &Worker, offset: usize) -> i64 {
     // SAFETY: the control area outlives every stub; the offset is a counter's.
     rpc(unsafe { &*((worker.control + offset as u64) as *const AtomicU64) })
-}
-
-unsafe fn same(mut a: *const u8, mut b: *const u8) -> bool {
-    // SAFETY: both are NUL-terminated; the loop ends at the first difference
-    // or at the common NUL.
-    unsafe {
-        loop {
-            if *a != *b {
-                return false;
-            }
-            if *a == 0 {
-                return true;
-            }
-            (a, b) = (a.add(1), b.add(1));
-        }
-    }
 }
 
 #[cold]
@@ -393,7 +387,7 @@ pub unsafe extern "C" fn ng_invoke(
         if graft.busy.get() == 0 || sys::thread_pointer() != worker.thread {
             return -1;
         }
-        let invoke: Invoke = core::mem::transmute(worker.invoke as usize);
+        let invoke: Invoke = core::mem::transmute(routine::rpc(worker) as usize);
         invoke(
             graft.caller_context.get() as *mut c_void,
             name,

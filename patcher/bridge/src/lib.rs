@@ -22,7 +22,7 @@
 //! the layouts in [`abi`] and lets tests run the logic in an ordinary process.
 //! Compiled with `--cfg bridge_image` as a `cdylib` (by the patcher's build
 //! script) it is the image itself, with the symbols that the loader looks up:
-//! `ng_enter`, `ng_hook`, `ng_invoke`, `ng_append`, `ng_getenv`.
+//! `ng_enter`, `ng_routine`, `ng_hook`, `ng_invoke`, `ng_append`, `ng_getenv`.
 //!
 //! What it leaves to others: placing, relocating, writing windows (patcher),
 //! deciding what is fused (agent).
@@ -34,6 +34,8 @@ pub mod arena;
 pub mod call;
 pub mod entry;
 pub mod environment;
+pub mod names;
+pub mod routine;
 pub mod start;
 mod sys;
 
