@@ -9,6 +9,7 @@
 //!  Worker (private) ─ grafts[i] ─► Graft ─┘ (private; one per callee)
 //!                                    └─ modules[i] ─► Module (private; one per image)
 //!  Site (private; one per rewritten call) ─► inline cache ─► Graft
+//!  Routine (private; at invoke_func's entry) ─► Worker ─ names ─► Graft
 //! ```
 
 use core::cell::Cell;
@@ -196,6 +197,29 @@ pub struct SharedEdge {
 /// Of how many fused calls one is timed.
 pub const SAMPLE_EVERY: u64 = 1024;
 
+/// Entries of [`Control::seen`].
+pub const SEEN: usize = 128;
+/// Registers in [`Seen::registers`].
+pub const SEEN_REGISTERS: usize = 16;
+/// Entries of [`Worker::names`]: twice as many as there can be grafts.
+pub const NAME_SLOTS: usize = 2 * MAX_GRAFTS;
+
+/// Calls with one return address. Written by the worker's thread alone; the
+/// address last, once.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub struct Seen {
+    /// The return address, 0 for none yet.
+    pub address: AtomicU64,
+    /// Calls.
+    pub count: AtomicU64,
+    /// Bit `i` is set if a call meant the graft with [`Graft::index`] `i`.
+    pub grafts: AtomicU64,
+    /// The general registers at the first call, by their number in the
+    /// encoding, `rsp` as before the call: they tell what was called.
+    pub registers: [AtomicU64; SEEN_REGISTERS],
+}
+
 /// The area that the worker shares with its forked children, a memfd named
 /// [`CONTROL_NAME`]. It is how a new agent finds what is there.
 #[repr(C)]
@@ -219,6 +243,9 @@ pub struct Control {
     pub other_thread: AtomicU64,
     /// One per graft, by [`Graft::index`].
     pub edges: [SharedEdge; MAX_GRAFTS],
+    /// Calls of known callees that came through the entry of the worker's own
+    /// routine, by return address; a hash table.
+    pub seen: [Seen; SEEN],
     /// Each slot: length (u32 little-endian), CRC-32 of the text, the text.
     pub slots: [[u8; MANIFEST_SLOT]; 2],
 }
@@ -274,6 +301,23 @@ pub struct Worker {
     pub xsave_len: Cell<u64>,
     /// Addresses of [`Graft`]s.
     pub grafts: [u64; MAX_GRAFTS],
+    /// Hash table of the grafts' names: places in `grafts`, plus one; 0 for
+    /// none. Made by [`crate::names::fill`], stored while the worker is stopped.
+    pub names: [u8; NAME_SLOTS],
+    /// The displaced entry of `invoke_func`, which goes on behind our window
+    /// there; 0 while there has been none. Stays true when the window is gone.
+    pub resume: AtomicU64,
+}
+
+/// The window at the entry of `invoke_func`; private memory. Its stub carries
+/// the address.
+#[derive(Debug)]
+#[repr(C, align(16))]
+pub struct Routine {
+    /// Address of the [`Worker`].
+    pub worker: u64,
+    /// Where the RPC goes on: as [`Worker::resume`].
+    pub resume: u64,
 }
 
 /// A relocation whose value only the process knows.

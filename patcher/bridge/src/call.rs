@@ -15,10 +15,11 @@ use core::sync::atomic::{
 };
 
 use crate::abi::{
-    Control, Graft, INLINE_INPUT, SAMPLE_EVERY, STATE_READY, SharedEdge, Site, Worker,
+    Control, Graft, INLINE_INPUT, Routine, SAMPLE_EVERY, STATE_READY, SharedEdge, Site, Worker,
 };
 use crate::entry::Frame;
-use crate::{arena, start, sys, unwind};
+use crate::routine::{self, RoutineFrame};
+use crate::{arena, names, start, sys, unwind};
 
 /// `memcpy`.
 type Memcpy = unsafe extern "C" fn(*mut u8, *const u8, usize) -> *mut u8;
@@ -46,22 +47,96 @@ pub(crate) unsafe extern "C" fn prepare(frame: *const Frame) -> Decision {
     // SAFETY: as above.
     let worker = unsafe { &*(site.worker as *const Worker) };
     // First of all: with another target the "name" may be anything.
-    if frame.target != worker.invoke {
+    if frame.target.get() != worker.invoke {
         return other(worker, offset_of!(Control, other_target));
     }
-    if sys::thread_pointer() != worker.thread {
-        return other(worker, offset_of!(Control, other_thread));
+    // SAFETY: as above; this is an RPC, so `name` is its name.
+    let decision = unsafe { at_site(frame, site, worker) };
+    if decision.graft == 0 {
+        // It is decided: not again at the routine's entry.
+        frame.target.set(routine::rpc(worker));
+    }
+    decision
+}
+
+/// The same at the entry of the worker's own routine, for all names.
+///
+/// # Safety
+/// Called by [`routine::ng_routine`] alone, with the frame it built and a
+/// record that the patcher has written.
+pub(crate) unsafe extern "C" fn prepare_routine(frame: *const RoutineFrame) -> Decision {
+    // SAFETY: see above; what the structures point at is never unmapped while
+    // a stub leads here.
+    unsafe {
+        let frame = &*frame;
+        let routine = &*(frame.frame.record.get() as *const Routine);
+        let worker = &*(routine.worker as *const Worker);
+        if let Err(decision) = on_its_thread(worker) {
+            return decision;
+        }
+        let Some(graft) = names::find(worker, frame.frame.name) else {
+            return other(worker, offset_of!(Control, other_name));
+        };
+        routine::note(worker, frame, graft);
+        fused(&frame.frame, worker, graft)
+    }
+}
+
+/// The same for a call that a fused callee makes, with its graft as the
+/// record. It is the caller's call to whoever answers it.
+///
+/// # Safety
+/// Called by [`crate::entry::ng_nested`] alone, with the frame it built.
+pub(crate) unsafe extern "C" fn prepare_nested(frame: *const Frame) -> Decision {
+    // SAFETY: see above; the graft is busy, on the worker's thread.
+    unsafe {
+        let frame = &*frame;
+        let parent = &*(frame.record.get() as *const Graft);
+        let worker = &*(parent.worker as *const Worker);
+        frame.context.set(parent.caller_context.get());
+        frame.target.set(routine::rpc(worker));
+        match names::below(worker, parent, frame.name) {
+            Some(graft) => fused(frame, worker, graft),
+            // Nobody asked for it: no edge to count it at.
+            None => Decision { graft: 0, input: 0 },
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn at_site(frame: &Frame, site: &Site, worker: &Worker) -> Decision {
+    if let Err(decision) = on_its_thread(worker) {
+        return decision;
     }
     let graft = if frame.name == site.name && frame.name != 0 {
         site.graft
     } else {
-        // SAFETY: as above; this is an RPC, so `name` is its name.
-        match unsafe { by_name(worker, frame.name) } {
+        // SAFETY: as the caller promises.
+        match unsafe { names::find(worker, frame.name) } {
             Some(graft) => graft,
             None => return other(worker, offset_of!(Control, other_name)),
         }
     };
-    // SAFETY: as above.
+    // SAFETY: the graft is the worker's.
+    unsafe { fused(frame, worker, graft) }
+}
+
+/// Whether this is the thread on which calls run fused; else what to answer.
+#[inline(always)]
+fn on_its_thread(worker: &Worker) -> Result<(), Decision> {
+    if sys::thread_pointer() == worker.thread {
+        return Ok(());
+    }
+    Err(other(worker, offset_of!(Control, other_thread)))
+}
+
+/// Runs a graft if all is in order.
+///
+/// # Safety
+/// The call is an RPC on the worker's own thread, `graft` one of the worker's.
+#[inline(always)]
+unsafe fn fused(frame: &Frame, worker: &Worker, graft: u64) -> Decision {
+    // SAFETY: as the caller promises.
     let (graft, shared) = unsafe {
         let graft = &*(graft as *const Graft);
         (graft, &*(graft.shared as *const SharedEdge))
@@ -104,7 +179,7 @@ pub(crate) unsafe extern "C" fn prepare(frame: *const Frame) -> Decision {
     worker.active.set(core::ptr::from_ref(graft) as u64);
     frame.record.set(core::ptr::from_ref(graft) as u64);
     graft.starved.set(0);
-    graft.caller_context.set(frame.context);
+    graft.caller_context.set(frame.context.get());
     graft.out.set(0);
     graft.out_len.set(0);
     if entered % SAMPLE_EVERY == SAMPLE_EVERY / 2 {
@@ -189,54 +264,11 @@ pub(crate) unsafe extern "C" fn finish(frame: *const Frame, result: c_int) -> i6
     0
 }
 
-/// The graft whose name equals the bytes at `name`, terminator included.
-#[cold]
-#[inline(never)]
-unsafe fn by_name(worker: &Worker, name: u64) -> Option<u64> {
-    if name == 0 {
-        return None;
-    }
-    let mut index = 0;
-    while index < worker.count.load(Acquire) as usize {
-        // SAFETY: the patcher wrote the table, 0 where an entry is not there
-        // (yet); `name` is the string that the RPC itself would read next.
-        unsafe {
-            let graft = *worker.grafts.as_ptr().add(index);
-            if graft != 0
-                && same(
-                    (*(graft as *const Graft)).name as *const u8,
-                    name as *const u8,
-                )
-            {
-                return Some(graft);
-            }
-        }
-        index += 1;
-    }
-    None
-}
-
 /// Counts a call that is none of an edge's, in the control area.
 #[cold]
 fn other(worker: &Worker, offset: usize) -> Decision {
     // SAFETY: the control area outlives every stub; the offset is a counter's.
     rpc(unsafe { &*((worker.control + offset as u64) as *const AtomicU64) })
-}
-
-unsafe fn same(mut a: *const u8, mut b: *const u8) -> bool {
-    // SAFETY: both are NUL-terminated; the loop ends at the first difference
-    // or at the common NUL.
-    unsafe {
-        loop {
-            if *a != *b {
-                return false;
-            }
-            if *a == 0 {
-                return true;
-            }
-            (a, b) = (a.add(1), b.add(1));
-        }
-    }
 }
 
 #[cold]
@@ -468,7 +500,7 @@ pub unsafe extern "C" fn ng_invoke(
     output: *mut *const u8,
     output_len: *mut usize,
 ) -> c_int {
-    // A jump leaves no frame that cancellation would have to pass.
+    // Without a frame of Rust's: cancellation may have to pass.
     naked_asm!(
         ".cfi_startproc",
         "endbr64",
@@ -480,8 +512,11 @@ pub unsafe extern "C" fn ng_invoke(
         "mov r10, fs:[0]",
         "cmp r10, [rax + {thread}]",
         "jne 2f",
-        "mov rdi, [rdi + {caller_context}]",
-        "jmp [rax + {invoke}]",
+        "mov r11, rdi",
+        "push rax", // where the target will be
+        ".cfi_adjust_cfa_offset 8",
+        "jmp {nested}",
+        ".cfi_adjust_cfa_offset -8",
         "2:",
         "mov eax, -1",
         "ret",
@@ -489,8 +524,7 @@ pub unsafe extern "C" fn ng_invoke(
         busy = const offset_of!(Graft, busy),
         worker = const offset_of!(Graft, worker),
         thread = const offset_of!(Worker, thread),
-        caller_context = const offset_of!(Graft, caller_context),
-        invoke = const offset_of!(Worker, invoke),
+        nested = sym crate::entry::ng_nested,
     );
 }
 

@@ -8,7 +8,7 @@
 //!  Foo's code       not its affair           passes
 //!   stub            (entered by a jump: not on the stack)
 //!   ng_enter        caught: -1, no output     put in order, passes
-//!   ng_call         plain frame               plain frame
+//!   ng_nested       the same, between Bar and what Bar calls
 //!  Bar's code       exception ──┘             pthread_exit ──┘
 //! ```
 //!

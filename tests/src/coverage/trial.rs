@@ -297,10 +297,7 @@ impl Trial<'_> {
             }
             let error = answer.json().unwrap_or_default()["error"].clone();
             let code = error["code"].as_str().unwrap_or_default();
-            ensure!(
-                !code.is_empty(),
-                "patch {caller} {callee}: {answer:?}"
-            );
+            ensure!(!code.is_empty(), "patch {caller} {callee}: {answer:?}");
             let why = error["message"].as_str().unwrap_or_default();
             return Ok(Some(Outcome::Refused {
                 code: code.to_owned(),

@@ -68,6 +68,7 @@ impl World {
         worker.memcpy.set(memcpy as *const () as u64);
         worker.grafts[0] = core::ptr::from_ref(graft) as u64;
         worker.count = 1.into();
+        worker.names = crate::names::fill([(NAME.as_bytes(), 0)]);
         graft.shared = core::ptr::from_ref(shared) as u64;
         graft.worker = core::ptr::from_ref(worker) as u64;
         graft.name = string(NAME);
