@@ -141,6 +141,12 @@ pub(crate) unsafe extern "C" fn finish(frame: *const Frame, result: c_int) -> i6
             &*(graft.shared as *const SharedEdge),
         )
     };
+    if worker.active.get() != core::ptr::from_ref(graft) as u64 {
+        // The callee left calls of its own by a jump. (Not called in the
+        // middle: that would cost saved registers where it never happens.)
+        // SAFETY: as the caller promises.
+        return unsafe { finish_outer(frame, result) };
+    }
     let theirs = (graft.caller_mxcsr.get(), graft.caller_fpucw.get() as u16);
     let ours = (graft.mxcsr.get(), graft.fpucw.get() as u16);
     let after = sys::floating_point(graft.mxcsr_fixed != 0);
@@ -156,11 +162,6 @@ pub(crate) unsafe extern "C" fn finish(frame: *const Frame, result: c_int) -> i6
         let cycles = sys::cycles().wrapping_sub(graft.started.replace(0));
         add(&shared.sampled_cycles, cycles);
         add(&shared.samples, 1);
-    }
-    if worker.active.get() != core::ptr::from_ref(graft) as u64 {
-        // The callee left calls of its own by a jump.
-        // SAFETY: the chain is the worker's.
-        unsafe { abandon_inner(worker, graft) };
     }
     let (out, len, starved) = (graft.out.get(), graft.out_len.get(), graft.starved.get());
     worker.active.set(graft.outer.get());
@@ -249,6 +250,19 @@ fn rpc(reason: &AtomicU64) -> Decision {
 #[inline(always)]
 fn add(counter: &AtomicU64, n: u64) {
     counter.store(counter.load(Relaxed).wrapping_add(n), Relaxed);
+}
+
+#[cold]
+#[inline(never)]
+unsafe fn finish_outer(frame: &Frame, result: c_int) -> i64 {
+    // SAFETY: as for `finish`; the chain of active grafts is the worker's.
+    unsafe {
+        let graft = &*(frame.record.get() as *const Graft);
+        let worker = &*(graft.worker as *const Worker);
+        abandon_inner(worker, graft);
+        worker.active.set(core::ptr::from_ref(graft) as u64);
+        finish(frame, result)
+    }
 }
 
 /// In the landing pad for exceptions: the call's result.
