@@ -394,6 +394,25 @@ pub struct Module {
     /// Its block on the worker's thread, 0 while that has none: the one that
     /// is found without asking the C library.
     pub home_block: Cell<u64>,
+    /// What `dladdr1` and `dlinfo` show of it; filled in by the bridge.
+    pub link_map: LinkMap,
+}
+
+/// The public head of a `struct link_map` (link.h). Ours are not linked: the
+/// dynamic linker's list is its own.
+#[derive(Debug)]
+#[repr(C)]
+pub struct LinkMap {
+    /// The bias.
+    pub addr: Cell<u64>,
+    /// The path.
+    pub name: Cell<u64>,
+    /// `PT_DYNAMIC`.
+    pub ld: Cell<u64>,
+    /// 0.
+    pub next: u64,
+    /// 0.
+    pub prev: u64,
 }
 
 /// [`Module::initialised`]: its initialisers run (or one of them failed).
@@ -474,8 +493,12 @@ pub struct Graft {
     pub scope_count: u64,
     /// Modules that have thread-local storage.
     pub tls_count: u64,
-    /// Thread key of the tables of blocks, plus one; 0 for none yet.
+    /// Thread key of what each thread has of the graft, plus one; 0 for none
+    /// yet.
     pub tls_key: Cell<u64>,
+    /// Thread pointer of the thread that runs initialisers in `dlopen`, 0 when
+    /// none does.
+    pub opener: AtomicU64,
     /// What the initialisers left to the worker's thread; 0 for nothing.
     pub legacy: Cell<u64>,
     /// Thread pointer of the thread that runs the initialisers, 0 when none.

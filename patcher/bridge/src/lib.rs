@@ -34,12 +34,14 @@
 pub mod abi;
 pub mod arena;
 pub mod call;
+pub mod dl;
 pub mod entry;
 pub mod environment;
 pub mod exit;
 pub mod imports;
 pub mod legacy;
 pub mod start;
+pub mod symbols;
 mod sys;
 pub mod tls;
 pub mod unwind;

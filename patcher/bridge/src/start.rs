@@ -321,6 +321,19 @@ pub(crate) unsafe fn construct(graft: &Graft, module: &Module, thread: *const Gr
         return true;
     }
     module.initialised.set(MODULE_INITIALISING);
+    // SAFETY: as the caller promises.
+    unsafe { run_initialisers(graft, module, thread) }
+}
+
+/// The same for a module that is marked [`MODULE_INITIALISING`] already.
+///
+/// # Safety
+/// As for [`construct`].
+pub(crate) unsafe fn run_initialisers(
+    graft: &Graft,
+    module: &Module,
+    thread: *const Graft,
+) -> bool {
     let inits = module.inits as *const u64;
     let mut index = 0;
     while index < module.init_count as usize {

@@ -35,12 +35,17 @@ use crate::abi::{
 };
 use crate::{imports, sys};
 
-/// A thread's blocks of one graft; [`Graft::tls_count`] entries follow.
+/// What a thread has of one graft; [`Graft::tls_count`] entries of blocks
+/// follow.
 #[repr(C)]
-struct Table {
+pub(crate) struct Table {
     graft: u64,
     /// Rounds of destruction that it has seen.
     round: u64,
+    /// What `dlerror` gives next, 0 for nothing.
+    pub(crate) error: u64,
+    /// Memory of the last such text, 0 for none.
+    pub(crate) error_text: u64,
 }
 
 /// An entry of a [`Table`].
@@ -343,35 +348,77 @@ pub(crate) unsafe fn block(module: &Module) -> Option<u64> {
     }
 }
 
+/// This thread's table, made if it is not there; `None` if there is no memory
+/// for it.
+unsafe fn table(graft: &Graft, worker: &Worker, key: u32) -> Option<*mut Table> {
+    // SAFETY: as for `block`; what `malloc` gave is ours. A signal handler may
+    // come in between and make the same: what is there then stays.
+    unsafe {
+        let before = worker.pthread_getspecific(key);
+        if before > GONE {
+            return Some(before as *mut Table);
+        }
+        let len = size_of::<Table>() + graft.tls_count as usize * size_of::<Block>();
+        let new = worker.malloc(len);
+        if new.is_null() {
+            return None;
+        }
+        new.write_bytes(0, len);
+        let table = new.cast::<Table>();
+        (*table).graft = core::ptr::from_ref(graft) as u64;
+        (*table).round = if before == GONE { LAST_ROUND } else { 0 };
+        let now = worker.pthread_getspecific(key);
+        if now > GONE {
+            worker.free(new);
+            return Some(now as *mut Table);
+        }
+        if worker.pthread_setspecific(key, new as u64) != 0 {
+            worker.free(new);
+            return None;
+        }
+        Some(table)
+    }
+}
+
+/// This thread's table, for `dlerror`'s part in it. With `make`, it is made if
+/// it is not there.
+///
+/// # Safety
+/// The graft has its key.
+pub(crate) unsafe fn errors(graft: &Graft, make: bool) -> Option<*mut Table> {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let worker = &*(graft.worker as *const Worker);
+        let key = graft.tls_key.get().wrapping_sub(1) as u32;
+        if make {
+            return table(graft, worker, key);
+        }
+        let table = worker.pthread_getspecific(key);
+        (table > GONE).then_some(table as *mut Table)
+    }
+}
+
+/// The module's block on this thread, 0 if it has none.
+///
+/// # Safety
+/// The graft has its key.
+pub(crate) unsafe fn existing(module: &Module) -> u64 {
+    // SAFETY: as the caller promises.
+    unsafe {
+        match errors(&*(module.graft as *const Graft), false) {
+            Some(table) if module.tls.mem_size != 0 => (*(*table).block(module.tls.index)).start,
+            _ => 0,
+        }
+    }
+}
+
 #[cold]
 #[inline(never)]
 unsafe fn make(graft: &Graft, worker: &Worker, module: &Module, key: u32) -> Option<u64> {
     // SAFETY: as for `block`; what `malloc` gave is ours. A signal handler may
     // come in between and make the same: what is there then stays.
     unsafe {
-        let mut table = worker.pthread_getspecific(key);
-        if table <= GONE {
-            let entries = graft.tls_count as usize * size_of::<Block>();
-            let new = worker.malloc(size_of::<Table>() + entries);
-            if new.is_null() {
-                return None;
-            }
-            new.write_bytes(0, size_of::<Table>() + entries);
-            new.cast::<Table>().write(Table {
-                graft: module.graft,
-                round: if table == GONE { LAST_ROUND } else { 0 },
-            });
-            table = worker.pthread_getspecific(key);
-            if table > GONE {
-                worker.free(new);
-            } else {
-                if worker.pthread_setspecific(key, new as u64) != 0 {
-                    worker.free(new);
-                    return None;
-                }
-                table = new as u64;
-            }
-        }
+        let table = table(graft, worker, key)?;
         let tls = &module.tls;
         let align = tls.align.max(1);
         let size = tls.mem_size.checked_add(align)?;
@@ -384,7 +431,7 @@ unsafe fn make(graft: &Graft, worker: &Worker, module: &Module, key: u32) -> Opt
         let (file, zero) = (tls.file_size.min(tls.mem_size) as usize, start as *mut u8);
         core::ptr::copy_nonoverlapping(tls.image as *const u8, zero, file);
         zero.add(file).write_bytes(0, tls.mem_size as usize - file);
-        let entry = (*(table as *mut Table)).block(tls.index);
+        let entry = (*table).block(tls.index);
         if (*entry).start == 0 {
             entry.write(Block {
                 start,
@@ -402,7 +449,7 @@ unsafe fn make(graft: &Graft, worker: &Worker, module: &Module, key: u32) -> Opt
 /// # Safety
 /// On the initialisers' thread, before the first of them.
 pub(crate) unsafe fn create_key(graft: &Graft, worker: &Worker) -> Result<(), (u32, i32)> {
-    if graft.tls_count == 0 || graft.tls_key.get() != 0 {
+    if graft.tls_key.get() != 0 {
         return Ok(());
     }
     let mut key = 0;
@@ -525,6 +572,9 @@ pub unsafe extern "C" fn ng_tls_free(table: *mut c_void) {
                 worker.free(allocation as *mut u8);
             }
             index += 1;
+        }
+        if (*table).error_text != 0 {
+            worker.free((*table).error_text as *mut u8);
         }
         worker.free(table.cast());
     }

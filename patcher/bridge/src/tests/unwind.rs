@@ -44,7 +44,7 @@ unsafe extern "C" fn rpc(_: u64, _: u64, _: u64, _: u64, _: u64, _: u64) -> c_in
 }
 
 fn call(input: &str) -> (c_int, Option<Vec<u8>>) {
-    let (mut output, mut len) = (1 as *const u8, 1_usize);
+    let (mut output, mut len) = (core::ptr::dangling::<u8>(), 1_usize);
     // SAFETY: the stub does what `invoke_func` does.
     let result = unsafe {
         site(
@@ -67,7 +67,7 @@ fn call(input: &str) -> (c_int, Option<Vec<u8>>) {
 fn world() -> World {
     // Before the records: its libraries' functions are among the imports.
     let functions = functions();
-    let mut world = World::new(&[crate::abi::Tls::default()]);
+    let world = World::new(&[crate::abi::Tls::default()]);
     let slot = bridge().get("ng_worker");
     let worker = core::ptr::from_mut(world.worker);
     // SAFETY: the page holds constants that nobody reads meanwhile.
