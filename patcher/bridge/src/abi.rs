@@ -452,12 +452,11 @@ pub struct Graft {
     pub starved: Cell<u8>,
     /// Padding.
     pub pad: u8,
-    /// MXCSR as the initialisers left it.
-    pub mxcsr: Cell<u32>,
-    /// x87 control word as the initialisers left it.
-    pub fpucw: Cell<u32>,
     /// Bytes of `scratch` that are not zero.
     pub scratch_used: Cell<u32>,
+    /// Floating-point modes as the initialisers left them: MXCSR, and in the
+    /// upper half the x87 control word.
+    pub modes: Cell<u64>,
     /// Where inputs go that are too long for `scratch`; 0 for nowhere yet.
     pub large: Cell<u64>,
     /// Bytes mapped at `large`.
@@ -511,10 +510,8 @@ pub struct Graft {
     pub outer: Cell<u64>,
     /// Time-stamp counter at the running call's start, 0 if it is not timed.
     pub started: Cell<u64>,
-    /// MXCSR of the running call's caller.
-    pub caller_mxcsr: Cell<u32>,
-    /// x87 control word of the running call's caller.
-    pub caller_fpucw: Cell<u32>,
+    /// Floating-point modes of the running call's caller, as `modes`.
+    pub caller_modes: Cell<u64>,
     /// Given to initialisers: argument count of the callee's own worker.
     pub argc: u64,
     /// Given to initialisers: arguments of the callee's own worker.

@@ -112,12 +112,11 @@ pub(crate) unsafe extern "C" fn prepare(frame: *const Frame) -> Decision {
     }
     // Reading MXCSR is as much as a third of the whole call: not where it is
     // proven that nobody changes it.
-    let theirs = sys::floating_point(graft.mxcsr_fixed != 0);
-    graft.caller_mxcsr.set(theirs.0);
-    graft.caller_fpucw.set(u32::from(theirs.1));
-    let ours = (graft.mxcsr.get(), graft.fpucw.get() as u16);
-    if differs(theirs, ours) {
-        sys::set_floating_point(ours.0, ours.1);
+    let theirs = sys::modes(graft.mxcsr_fixed != 0);
+    graft.caller_modes.set(theirs);
+    let ours = graft.modes.get();
+    if sys::differ(theirs, ours) {
+        sys::set_modes(ours);
     }
     Decision {
         graft: core::ptr::from_ref(graft) as u64,
@@ -147,16 +146,14 @@ pub(crate) unsafe extern "C" fn finish(frame: *const Frame, result: c_int) -> i6
         // SAFETY: as the caller promises.
         return unsafe { finish_outer(frame, result) };
     }
-    let theirs = (graft.caller_mxcsr.get(), graft.caller_fpucw.get() as u16);
-    let ours = (graft.mxcsr.get(), graft.fpucw.get() as u16);
-    let after = sys::floating_point(graft.mxcsr_fixed != 0);
-    if differs(theirs, after) {
-        sys::set_floating_point(theirs.0, theirs.1);
+    let (theirs, ours) = (graft.caller_modes.get(), graft.modes.get());
+    let after = sys::modes(graft.mxcsr_fixed != 0);
+    if sys::differ(theirs, after) {
+        sys::set_modes(theirs);
     }
     // A mode that the callee changed on purpose is its own next time.
-    if differs(after, ours) {
-        graft.mxcsr.set(after.0 & !EXCEPTION_FLAGS);
-        graft.fpucw.set(u32::from(after.1));
+    if sys::differ(after, ours) {
+        graft.modes.set(after & !sys::EXCEPTION_FLAGS);
     }
     if graft.started.get() != 0 {
         let cycles = sys::cycles().wrapping_sub(graft.started.replace(0));
@@ -294,9 +291,8 @@ pub(crate) unsafe extern "C" fn abandoned(frame: *const Frame) {
         let shared = &*(graft.shared as *const SharedEdge);
         add(&shared.bytes_in, (*frame).input_len);
         give_up(graft);
-        let theirs = (graft.caller_mxcsr.get(), graft.caller_fpucw.get() as u16);
-        if differs(theirs, sys::floating_point(false)) {
-            sys::set_floating_point(theirs.0, theirs.1);
+        if sys::differ(graft.caller_modes.get(), sys::modes(false)) {
+            sys::set_modes(graft.caller_modes.get());
         }
     }
 }
@@ -326,14 +322,6 @@ unsafe fn give_up(graft: &Graft) {
     add(&shared.errors, 1);
     graft.started.set(0);
     graft.busy.set(0);
-}
-
-/// MXCSR's sticky exception flags: no mode, and volatile across calls.
-const EXCEPTION_FLAGS: u32 = 0x3f;
-
-#[inline(always)]
-fn differs(a: (u32, u16), b: (u32, u16)) -> bool {
-    (a.0 ^ b.0) & !EXCEPTION_FLAGS != 0 || a.1 != b.1
 }
 
 /// Copies the input to where it is aligned and followed by zeros, as in
@@ -555,9 +543,8 @@ pub unsafe extern "C" fn ng_hook(return_slot: *const u64, dirty: *const u8) {
 #[cold]
 #[inline(never)]
 unsafe fn left_by_jump(graft: &Graft) {
-    let ours = (graft.mxcsr.get(), graft.fpucw.get() as u16);
-    if !differs(ours, sys::floating_point(false)) {
-        sys::set_floating_point(graft.caller_mxcsr.get(), graft.caller_fpucw.get() as u16);
+    if !sys::differ(graft.modes.get(), sys::modes(false)) {
+        sys::set_modes(graft.caller_modes.get());
     }
     // SAFETY: as the caller promises.
     unsafe { give_up(graft) };

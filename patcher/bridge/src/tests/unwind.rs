@@ -148,14 +148,15 @@ fn exceptions_become_failed_calls_and_are_destroyed() {
 #[test]
 fn an_exception_leaves_the_callers_floating_point_modes() {
     let world = ready();
-    let before = sys::floating_point(false);
-    let theirs = (before.0 & !0x3f | 0x40, 0x27f);
-    sys::set_floating_point(theirs.0, theirs.1);
+    let before = sys::modes(false);
+    // Denormals are zero; x87 in double precision.
+    let theirs = 0x1fc0 | 0x27f << 32;
+    sys::set_modes(theirs);
     let result = call("modes");
-    let after = sys::floating_point(false);
-    sys::set_floating_point(before.0, before.1);
+    let after = sys::modes(false);
+    sys::set_modes(before);
     assert_eq!(result, (-1, None));
-    assert_eq!((after.0 & !0x3f, after.1), theirs);
+    assert_eq!(after & !sys::EXCEPTION_FLAGS, theirs);
     idle(&world);
 }
 
