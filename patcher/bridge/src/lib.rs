@@ -39,6 +39,7 @@ pub mod entry;
 pub mod environment;
 pub mod exit;
 pub mod imports;
+mod input;
 pub mod legacy;
 pub mod start;
 pub mod symbols;

@@ -181,6 +181,31 @@ fn a_call_that_was_left_by_a_jump_is_over_at_the_next_outermost_entry() {
     assert_eq!(call("abc"), (0, Some(b"abc".to_vec())));
 }
 
+#[test]
+fn a_call_that_the_callee_left_by_a_jump_ends_with_the_callees() {
+    let world = ready();
+    // The same callee under another name, called by the one that is entered.
+    let inner: &'static mut crate::abi::Graft = super::zeroed();
+    // SAFETY: a record is integers and cells; the functions have these types.
+    unsafe {
+        core::ptr::copy_nonoverlapping(&raw const *world.graft, inner, 1);
+        (functions().get("nested") as *mut u64).write(site as *const () as u64);
+        (functions().get("nested_name") as *mut u64).write(string("Inner"));
+    }
+    inner.name = string("Inner");
+    inner.handle.set(&raw const *inner as u64);
+    world.graft.call = functions().get("outer");
+    world.worker.grafts[1] = &raw const *inner as u64;
+    world.worker.count = 2.into();
+    // Both grafts count on one edge here: two calls each time.
+    for (calls, errors, input, result) in [(3, 1, "ok", 0), (5, 3, "throw", -1)] {
+        assert_eq!(call(input).0, result);
+        idle(&world);
+        assert_eq!(inner.busy.get(), 0, "its next call runs");
+        assert_eq!(counts(&world), (calls, calls, errors));
+    }
+}
+
 /// The worker that [`bind_thread`] tells its thread.
 static WORKER: AtomicU64 = AtomicU64::new(0);
 
