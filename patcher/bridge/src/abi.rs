@@ -438,6 +438,25 @@ pub struct Module {
     /// Its block on the worker's thread, 0 while that has none: the one that
     /// is found without asking the C library.
     pub home_block: Cell<u64>,
+    /// What `dladdr1` and `dlinfo` show of it; filled in by the bridge.
+    pub link_map: LinkMap,
+}
+
+/// The public head of a `struct link_map` (link.h). Ours are not linked: the
+/// dynamic linker's list is its own.
+#[derive(Debug)]
+#[repr(C)]
+pub struct LinkMap {
+    /// The bias.
+    pub addr: Cell<u64>,
+    /// The path.
+    pub name: Cell<u64>,
+    /// `PT_DYNAMIC`.
+    pub ld: Cell<u64>,
+    /// 0.
+    pub next: u64,
+    /// 0.
+    pub prev: u64,
 }
 
 /// [`Module::initialised`]: its initialisers run (or one of them failed).
@@ -477,12 +496,11 @@ pub struct Graft {
     pub starved: Cell<u8>,
     /// Padding.
     pub pad: u8,
-    /// MXCSR as the initialisers left it.
-    pub mxcsr: Cell<u32>,
-    /// x87 control word as the initialisers left it.
-    pub fpucw: Cell<u32>,
     /// Bytes of `scratch` that are not zero.
     pub scratch_used: Cell<u32>,
+    /// Floating-point modes as the initialisers left them: MXCSR, and in the
+    /// upper half the x87 control word.
+    pub modes: Cell<u64>,
     /// Where inputs go that are too long for `scratch`; 0 for nowhere yet.
     pub large: Cell<u64>,
     /// Bytes mapped at `large`.
@@ -518,8 +536,12 @@ pub struct Graft {
     pub scope_count: u64,
     /// Modules that have thread-local storage.
     pub tls_count: u64,
-    /// Thread key of the tables of blocks, plus one; 0 for none yet.
+    /// Thread key of what each thread has of the graft, plus one; 0 for none
+    /// yet.
     pub tls_key: Cell<u64>,
+    /// Thread pointer of the thread that runs initialisers in `dlopen`, 0 when
+    /// none does.
+    pub opener: AtomicU64,
     /// What the initialisers left to the worker's thread; 0 for nothing.
     pub legacy: Cell<u64>,
     /// Thread pointer of the thread that runs the initialisers, 0 when none.
@@ -532,10 +554,8 @@ pub struct Graft {
     pub outer: Cell<u64>,
     /// Time-stamp counter at the running call's start, 0 if it is not timed.
     pub started: Cell<u64>,
-    /// MXCSR of the running call's caller.
-    pub caller_mxcsr: Cell<u32>,
-    /// x87 control word of the running call's caller.
-    pub caller_fpucw: Cell<u32>,
+    /// Floating-point modes of the running call's caller, as `modes`.
+    pub caller_modes: Cell<u64>,
     /// Given to initialisers: argument count of the callee's own worker.
     pub argc: u64,
     /// Given to initialisers: arguments of the callee's own worker.

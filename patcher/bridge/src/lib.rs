@@ -34,14 +34,17 @@
 pub mod abi;
 pub mod arena;
 pub mod call;
+pub mod dl;
 pub mod entry;
 pub mod environment;
 pub mod exit;
 pub mod imports;
+mod input;
 pub mod legacy;
 pub mod names;
 pub mod routine;
 pub mod start;
+pub mod symbols;
 mod sys;
 pub mod tls;
 pub mod unwind;

@@ -1,6 +1,7 @@
 //! The bridge in an ordinary process: records as the patcher would write them,
 //! around the real C library.
 
+mod dl;
 mod image;
 mod legacy;
 mod tls;
@@ -30,7 +31,7 @@ pub(crate) struct World {
 // SAFETY: what tests use from several threads is what the bridge does.
 unsafe impl Sync for World {}
 
-fn zeroed<T>() -> &'static mut T {
+pub(crate) fn zeroed<T>() -> &'static mut T {
     // SAFETY: every record is integers, cells and arrays of them.
     Box::leak(Box::new(unsafe { core::mem::zeroed() }))
 }
