@@ -424,12 +424,7 @@ fn check(manifest: &Manifest, control: u64, maps: &[Map]) -> Result<(), String> 
         maps.iter()
             .any(|m| start >= m.start && start + len <= m.end && (!code || m.executable))
     };
-    if manifest.control != control
-        || !ours(
-            manifest.worker,
-            size_of::<abi::Worker>() as u64,
-        )
-    {
+    if manifest.control != control || !ours(manifest.worker, size_of::<abi::Worker>() as u64) {
         return Err("a record that does not fit its place".into());
     }
     for w in &manifest.windows {
@@ -456,9 +451,7 @@ fn check(manifest: &Manifest, control: u64, maps: &[Map]) -> Result<(), String> 
         }
     }
     for g in &manifest.grafts {
-        if g.index.max(g.slot) >= abi::MAX_GRAFTS
-            || !ours(g.graft, size_of::<Graft>() as u64)
-        {
+        if g.index.max(g.slot) >= abi::MAX_GRAFTS || !ours(g.graft, size_of::<Graft>() as u64) {
             return Err(format!(
                 "a record of {} at {:#x}, which is not ours",
                 g.callee, g.graft

@@ -184,14 +184,31 @@ mod tests {
     #[test]
     fn a_name_is_found_by_all_of_its_bytes_and_no_other() {
         let names = [
-            "A", "Bar", "bar", "UserServ", "UserService", "UserService2", "UserServiceLongerYet",
-            "12345678", "123456781234567", "1234567812345678",
+            "A",
+            "Bar",
+            "bar",
+            "UserServ",
+            "UserService",
+            "UserService2",
+            "UserServiceLongerYet",
+            "12345678",
+            "123456781234567",
+            "1234567812345678",
         ];
         let bench = bench(&names);
         for (expected, name) in names.iter().enumerate() {
             assert_eq!(place(&bench, name.as_bytes()), Some(expected), "{name}");
         }
-        for other in ["", "B", "Ba", "Barr", "BAR", "UserServicf", "12345678\u{1}", "\u{ff}"] {
+        for other in [
+            "",
+            "B",
+            "Ba",
+            "Barr",
+            "BAR",
+            "UserServicf",
+            "12345678\u{1}",
+            "\u{ff}",
+        ] {
             assert_eq!(place(&bench, other.as_bytes()), None, "{other:?}");
         }
         // SAFETY: no string at all.

@@ -164,13 +164,15 @@ unsafe fn note(worker: &Worker, frame: &RoutineFrame, graft: u64) {
             for (to, from) in seen.registers.iter().zip(registers) {
                 to.store(from, Relaxed);
             }
-            seen.address.store(address, core::sync::atomic::Ordering::Release);
+            seen.address
+                .store(address, core::sync::atomic::Ordering::Release);
         } else if there != address {
             continue;
         }
         // SAFETY: the name led to it.
         let index = unsafe { (*(graft as *const Graft)).index };
-        seen.count.store(seen.count.load(Relaxed).wrapping_add(1), Relaxed);
+        seen.count
+            .store(seen.count.load(Relaxed).wrapping_add(1), Relaxed);
         seen.grafts
             .store(seen.grafts.load(Relaxed) | 1_u64 << (index % 64), Relaxed);
         return;
@@ -187,7 +189,21 @@ fn registers(frame: &RoutineFrame) -> [u64; SEEN_REGISTERS] {
     let f = &frame.frame;
     let rsp = core::ptr::from_ref(&f.return_address) as u64 + 8;
     [
-        f.rax, f.input_len, f.input, rbx, rsp, f.rbp, f.name, f.context, f.output, f.output_len,
-        f.r10, f.target, r12, r13, r14, r15,
+        f.rax,
+        f.input_len,
+        f.input,
+        rbx,
+        rsp,
+        f.rbp,
+        f.name,
+        f.context,
+        f.output,
+        f.output_len,
+        f.r10,
+        f.target,
+        r12,
+        r13,
+        r14,
+        r15,
     ]
 }

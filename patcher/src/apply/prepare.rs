@@ -43,9 +43,9 @@ pub(super) fn prepare(
         },
     )?;
     let undo = Undo { gadgets };
-    let filled = plan.mappings().try_for_each(|mapping| {
-        fill(process, &memory, mapping, thread_pointer, limits, stops)
-    });
+    let filled = plan
+        .mappings()
+        .try_for_each(|mapping| fill(process, &memory, mapping, thread_pointer, limits, stops));
     match filled {
         Ok(()) => Ok(undo),
         Err(failure) => {
@@ -69,7 +69,10 @@ pub(super) fn take_back(process: &Process, plan: &PatchPlan, undo: &Undo, limits
             limits,
             &mut stops,
             &mut disturbed,
-            |borrowed| plan.mappings().try_for_each(|mapping| unmap(borrowed, plan.pid, mapping)),
+            |borrowed| {
+                plan.mappings()
+                    .try_for_each(|mapping| unmap(borrowed, plan.pid, mapping))
+            },
         )
     });
     if let Err(error) = result {

@@ -87,9 +87,7 @@ impl Executable {
                 let (Some(invoke), Some(append)) = (function(value(1)), function(value(2))) else {
                     return;
                 };
-                let other = |n: usize| {
-                    value(n) != Value::Undefined && function(value(n)).is_none()
-                };
+                let other = |n: usize| value(n) != Value::Undefined && function(value(n)).is_none();
                 if invoke != append && other(0) && other(3) {
                     found.insert(ImageAddress(invoke));
                 }

@@ -87,7 +87,10 @@ impl CodeMap {
             .and_then(|at| index_of(&self.extents, at))
             .ok_or(no_call.clone())?;
         let all = code.decode(&self.extents[extent]);
-        let call = all.iter().find(|i| i.next_ip() == to).ok_or(no_call.clone())?;
+        let call = all
+            .iter()
+            .find(|i| i.next_ip() == to)
+            .ok_or(no_call.clone())?;
         let at = ImageAddress(call.ip());
         let (kind, target) = match call.code() {
             Opcode::Call_rm64 => (SiteKind::Call, self.target(call, seen, bias, live)),

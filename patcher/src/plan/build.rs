@@ -159,9 +159,7 @@ fn again(
         .windows
         .iter()
         .enumerate()
-        .filter(|(i, w)| {
-            !present.in_place(*i) && (w.serves_all() || w.passed_by(input.name))
-        })
+        .filter(|(i, w)| !present.in_place(*i) && (w.serves_all() || w.passed_by(input.name)))
         .map(|(_, w)| w.clone())
         .collect();
     // The gate is stored after everything else that is not a window.

@@ -297,7 +297,10 @@ fn island(
             .collect();
         if routine {
             let resume = copies.first().map_or(0, |(_, to)| *to);
-            area.put_u64(record + offset_of!(abi::Routine, worker) as u64, manifest.worker);
+            area.put_u64(
+                record + offset_of!(abi::Routine, worker) as u64,
+                manifest.worker,
+            );
             area.put_u64(record + offset_of!(abi::Routine, resume) as u64, resume);
         } else {
             layout::site(&mut area, record, 0, 0, manifest.worker);
