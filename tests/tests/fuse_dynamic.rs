@@ -2,16 +2,17 @@
 //! bytes can't be rewritten: all of them run fused, through the entry of the
 //! worker's own routine or at sites that were seen there.
 
+#[allow(dead_code, reason = "other tests use the rest")]
 mod code;
-mod common;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use code::Code;
-use common::ask;
 use nightgraft_testbed::fixtures::{self, Compiler};
 use nightgraft_testbed::{Agent, FunctionSpec, Node, NodeSpec, until};
 use serde_json::Value;
@@ -187,7 +188,17 @@ impl Stage<'_> {
 
         // What they share stays for the others.
         self.revert("Bob")?;
+        let gate_off = |graft: &Value| graft["counters"]["rpc"]["gate_off"].as_u64();
+        let before = gate_off(&self.graft("Bob")?).context("a counter")?;
         self.check("without Bob", &by_rpc, &["Ann", "Cid"])?;
+        let counted = gate_off(&self.graft("Bob")?).context("a counter")? - before;
+        let each = self.modes.iter().map(|(_, calls)| calls).sum::<u64>() * INPUTS.len() as u64;
+        ensure!(
+            counted == each,
+            "{}: {counted} calls were counted of {each}: once each, at the site or at the \
+             routine's entry",
+            self.caller
+        );
         self.revert("Ann")?;
         self.revert("Cid")?;
         self.check("reverted", &by_rpc, &[])?;
@@ -261,4 +272,178 @@ fn callers_in_cpp_run_fused_whatever_their_calls_look_like() -> Result<()> {
         [("Gxx", Compiler::Gxx), ("Clangxx", Compiler::Clangxx)],
         &modes,
     )
+}
+
+/// A copy of the testbed's worker without symbols.
+fn stripped_worker(dir: &std::path::Path) -> Result<PathBuf> {
+    let stripped = dir.join("func_worker_v1");
+    let status = Command::new("strip")
+        .arg("--strip-all")
+        .arg("-o")
+        .arg(&stripped)
+        .arg(nightgraft_testbed::bin("func_worker_v1")?)
+        .status()?;
+    ensure!(status.success(), "strip: {status}");
+    Ok(stripped)
+}
+
+#[test]
+fn a_stripped_worker_tells_its_routine_itself() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let worker = stripped_worker(dir.path())?;
+    let mut functions = callees()?;
+    functions.push(FunctionSpec::new(
+        "Dyn",
+        10,
+        caller(Compiler::Clang, &["-O2"])?,
+    ));
+    let constant = r#"
+#include "lifecycle.h"
+int faas_func_call(void *worker_handle, const char *input, size_t input_length) {
+    struct context *ctx = worker_handle;
+    const char *output = NULL;
+    size_t length = 0;
+    int code = ctx->invoke(ctx->caller_context, "Ann", input, input_length, &output, &length);
+    ctx->append(ctx->caller_context, output, length);
+    return code;
+}
+"#;
+    let constant = fixtures::compile_text("constant", constant, Compiler::Gcc, &["-O2"])?;
+    functions.push(FunctionSpec::new("Constant", 11, constant));
+    for function in &mut functions {
+        let inside = PathBuf::from("/nightcore/func_worker_v1");
+        function.files.push((worker.clone(), inside));
+    }
+    let node = Node::start(NodeSpec::new(functions))?;
+    let agent = Agent::start()?;
+    let modes = MODES.to_vec();
+    let (node, agent) = (&node, &agent);
+    let caller = "Dyn";
+    let stage = Stage {
+        node,
+        agent,
+        caller,
+        modes,
+    };
+    stage.all()?;
+
+    let report = agent.patch(node, "Constant", "Ann")?;
+    let receipt = &report["workers"][0]["receipt"];
+    // Its one site is enough: the routine is left alone.
+    ensure!(
+        receipt["through_routine"].is_null()
+            && receipt["sites"].as_array().map(Vec::len) == Some(1),
+        "{report}"
+    );
+    agent.warm_up_with(node, "Constant", "Ann", b"slow")?;
+    let before = agent.fused_calls(node, "Constant", "Ann")?;
+    ensure!(node.call("Constant", b"x")? == b"Ann(x)");
+    ensure!(agent.fused_calls(node, "Constant", "Ann")? == before + 1);
+    Ok(())
+}
+
+fn one_dynamic_caller() -> Result<Node> {
+    let mut functions = callees()?;
+    functions.push(FunctionSpec::new(
+        "Dyn",
+        10,
+        caller(Compiler::Gcc, &["-O2"])?,
+    ));
+    Node::start(NodeSpec::new(functions))
+}
+
+#[test]
+fn a_thread_inside_the_rpc_at_patch_and_revert_comes_back_with_its_answer() -> Result<()> {
+    let (node, agent) = (one_dynamic_caller()?, Agent::start()?);
+    let stage = Stage {
+        node: &node,
+        agent: &agent,
+        caller: "Dyn",
+        modes: MODES.to_vec(),
+    };
+    let by_rpc = stage.answers()?;
+    // Dee is never fused: its calls are RPCs at every time.
+    for mode in [
+        "computed", "alloca", "tail", "pointer", "branch", "push", "looped",
+    ] {
+        let blocked = |act: &dyn Fn() -> Result<()>| -> Result<()> {
+            std::thread::scope(|scope| {
+                let call = scope.spawn(|| stage.ask(mode, "Dee", "slower"));
+                std::thread::sleep(Duration::from_millis(100));
+                let done = act();
+                ensure!(!call.is_finished(), "{mode}: it was over before");
+                done?;
+                let answer = call.join().map_err(|_| anyhow::anyhow!("panicked"))??;
+                let right = if mode == "looped" { 3 } else { 1 };
+                ensure!(
+                    answer == "0|Dee(slower)".repeat(right),
+                    "{mode}: {answer:?}"
+                );
+                Ok(())
+            })
+        };
+        blocked(&|| agent.patch(&node, "Dyn", "Ann").map(|_| ()))?;
+        agent.warm_up_with(&node, "Dyn", "Ann", b"computed Ann slow")?;
+        stage.check("patched while blocked", &by_rpc, &["Ann"])?;
+        // The sites that were seen by now, while one of them is in the RPC.
+        blocked(&|| agent.patch(&node, "Dyn", "Ann").map(|_| ()))?;
+        stage.check("sites while blocked", &by_rpc, &["Ann"])?;
+        blocked(&|| stage.revert("Ann"))?;
+        stage.check("reverted while blocked", &by_rpc, &[])?;
+    }
+    node.stop()
+}
+
+#[test]
+fn sites_that_calls_come_from_are_rewritten_by_the_same_patch() -> Result<()> {
+    let (node, agent) = (one_dynamic_caller()?, Agent::start()?);
+    let over = AtomicBool::new(false);
+    let receipt = std::thread::scope(|scope| -> Result<Value> {
+        let calls = scope.spawn(|| -> Result<()> {
+            while !over.load(Ordering::Relaxed) {
+                for mode in ["computed", "looped"] {
+                    let question = format!("{mode} Ann x");
+                    node.call("Dyn", question.as_bytes())?;
+                }
+            }
+            Ok(())
+        });
+        let engine = node.engine_pid().to_string();
+        let patched = agent.ctl(&[
+            "patch",
+            "Dyn",
+            "Ann",
+            "--engine",
+            &engine,
+            "--json",
+            "--canary-wait",
+            "10s",
+        ]);
+        over.store(true, Ordering::Relaxed);
+        calls.join().map_err(|_| anyhow::anyhow!("panicked"))??;
+        let report = patched?.json()?;
+        ensure!(
+            report["workers"][0]["proof"]["verdict"] == "proven",
+            "{report}"
+        );
+        Ok(report["workers"][0]["receipt"].clone())
+    })?;
+    let sites = receipt["sites"].as_array().map_or(0, Vec::len);
+    ensure!((1..=2).contains(&sites), "{receipt}");
+    let status = agent.edge_status(&node, "Dyn", "Ann")?;
+    let graft = &status["workers"][0]["graft"];
+    ensure!(
+        graft["routine"] == true && graft["windows_in_place"] == true,
+        "{status}"
+    );
+    // People are told as well.
+    let engine = node.engine_pid().to_string();
+    let told = agent.ctl(&["explain", "Dyn", "Bob", "--engine", &engine])?;
+    ensure!(told.code == 0, "{told:?}");
+    ensure!(
+        told.stdout.contains("call seen at run time") || told.stdout.contains("invoke_func"),
+        "{}",
+        told.stdout
+    );
+    node.stop()
 }
