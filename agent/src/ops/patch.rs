@@ -7,6 +7,9 @@
 //!   touched)
 //! ```
 //!
+//! Where calls were seen meanwhile to come through the entry of the worker's own
+//! routine, their sites are rewritten last ([`super::seen`]).
+//!
 //! The canary is the worker that has used most processor time: a node under
 //! light load gives all calls to one, and only where there are calls is there
 //! proof. A worker that exits before or during its own patch is reported and the next

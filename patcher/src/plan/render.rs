@@ -100,6 +100,17 @@ impl PatchPlan {
                 site.reason
             )?;
         }
+        if self.has_routine() {
+            let windows = self.manifest.windows.iter();
+            let sites = windows.filter(|w| !w.routine && w.passed_by(&self.callee));
+            writeln!(
+                out,
+                "\n{} sites of {} rewritten in place; calls from elsewhere go through the entry of the worker's own invoke_func ({} known)",
+                sites.count(),
+                self.callee,
+                self.through_routine.len()
+            )?;
+        }
         for call in &self.through_routine {
             writeln!(
                 out,
