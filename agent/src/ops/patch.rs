@@ -22,7 +22,9 @@ use crate::api::{PatchOutcome, PatchReport, PatchRequest, PatchedWorker};
 use crate::canary::{self, Watch, Watched};
 use crate::discover::{self, Node, tracer_of};
 use crate::error::{AgentError, graft_info};
-use crate::grafter::{CalleeState, EdgeCounters, GraftError, GraftStatus, PatchReceipt, Target};
+use crate::grafter::{
+    Allowance, CalleeState, EdgeCounters, Explained, GraftError, GraftStatus, PatchReceipt, Target,
+};
 use crate::select;
 
 /// Fuses `request.callee` into every native worker of `request.caller`.
@@ -42,6 +44,11 @@ pub fn patch(
     // The busiest first: a canary that nobody calls proves nothing.
     callers.sort_by_key(|(worker, _)| (std::cmp::Reverse(worker.cpu_ticks), worker.pid));
     let callees = select::native_workers(callee)?;
+    let asked = Allowance::of(request.allow_effects.iter().map(String::as_str)).map_err(|e| {
+        AgentError::BadRequest {
+            detail: format!("allow_effects: {e}"),
+        }
+    })?;
     context.require_capabilities()?;
     let mut edge = Edge {
         context,
@@ -50,6 +57,7 @@ pub fn patch(
             .map(|(_, target)| target.clone())
             .collect(),
         name: callee.label(),
+        allowed: asked.and(context.policy.allowed(&caller.label(), &callee.label())),
         bound: canary_wait(request.canary_wait_ms),
     };
     let (todo, mut workers) = edge.check(&callers)?;
@@ -227,6 +235,8 @@ struct Edge<'a> {
     /// Workers of the callee, the one to be read first.
     callees: Vec<Target>,
     name: String,
+    /// What the callee may touch that is the caller's.
+    allowed: Allowance,
     bound: Duration,
 }
 
@@ -283,7 +293,12 @@ impl Edge<'_> {
     fn plan(&mut self, target: &Target) -> Result<(), AgentError> {
         let name = self.name.clone();
         let grafter = self.context.grafter;
-        match self.with_callee(|callee| grafter.explain(target, callee, &name)) {
+        let allowed = self.allowed;
+        match self.with_callee(|callee| grafter.explain(target, callee, &name, allowed)) {
+            Ok(Explained {
+                refused: Some(refused),
+                ..
+            }) => Err(GraftError::from(refused).into()),
             Ok(_) | Err(GraftError::WorkerGone { .. }) => Ok(()),
             Err(error) => Err(error.into()),
         }
@@ -292,7 +307,8 @@ impl Edge<'_> {
     fn patch_one(&mut self, one: &Todo<'_>) -> Result<PatchReceipt, GraftError> {
         let name = self.name.clone();
         let grafter = self.context.grafter;
-        let result = self.with_callee(|callee| grafter.patch(&one.target, callee, &name));
+        let allowed = self.allowed;
+        let result = self.with_callee(|callee| grafter.patch(&one.target, callee, &name, allowed));
         match &result {
             Ok(receipt) => tracing::info!(
                 pid = one.worker.pid,

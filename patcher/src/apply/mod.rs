@@ -150,6 +150,7 @@ fn receipt(plan: &PatchPlan, already: bool) -> PatchReceipt {
         pid: plan.pid,
         already,
         image_reused: plan.mapping.is_none(),
+        effects: plan.effects.clone(),
         sites: Vec::new(),
         commit_stop_ns: 0,
         stops_ns: Vec::new(),

@@ -8,7 +8,7 @@ use nightgraft_bridge::abi;
 use super::fresh::fresh;
 use super::{PatchPlan, Store, Unfused};
 use crate::code::{self, CodeMap, Site, Window};
-use crate::effects::effects;
+use crate::effects::{self, Allowance, Effect};
 use crate::elf::{Image, hex};
 use crate::load;
 use crate::manifest::{GraftRecord, Manifest, Present, WindowRecord};
@@ -32,6 +32,9 @@ pub struct Input<'a> {
     pub bridge: &'a Image,
     /// Bytes left below the worker's memory limit, where there is one.
     pub memory_room: Option<u64>,
+    /// What the callee may touch that is the caller's. The plan is made
+    /// whatever it touches, and says what would have to be allowed.
+    pub allowed: Allowance,
 }
 
 /// Plans the patch.
@@ -256,10 +259,17 @@ pub(super) fn base(input: &Input<'_>, manifest: Manifest) -> PatchPlan {
         windows: Vec::new(),
         unfused: Vec::new(),
         gate: 0,
-        effects: effects(&input.callee.function().image),
+        effects: effects_of(input),
         manifest,
         slot: 1,
     }
+}
+
+/// What the function and its private libraries show.
+fn effects_of(input: &Input<'_>) -> Vec<Effect> {
+    // A list that is not consistent was refused before.
+    let private = load::private_libraries(input.callee).unwrap_or_default();
+    effects::of_function(input.callee, &private, input.allowed)
 }
 
 pub(super) fn other_slot(present: Option<&Present>) -> u8 {
