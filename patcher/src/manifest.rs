@@ -77,8 +77,12 @@ impl WindowRecord {
 /// One callee's image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GraftRecord {
-    /// The callee's name.
+    /// The callee's name; below another graft the way there: `Bar/Baz` is what
+    /// runs when Bar, fused, calls Baz.
     pub callee: String,
+    /// The graft whose calls come here, live; 0 for the worker's function.
+    #[serde(default)]
+    pub parent: u64,
     /// The image's build-id, or a digest of the file where it has none.
     pub build_id: String,
     /// Digest of the build-ids of the libraries that it has copies of; empty
@@ -123,6 +127,14 @@ pub struct Manifest {
     pub windows: Vec<WindowRecord>,
     /// Images.
     pub grafts: Vec<GraftRecord>,
+}
+
+impl GraftRecord {
+    /// The callee that the worker's function itself calls on the way here.
+    #[must_use]
+    pub fn outermost(&self) -> &str {
+        self.callee.split('/').next().unwrap_or_default()
+    }
 }
 
 impl Manifest {
@@ -465,6 +477,7 @@ mod tests {
                 callee: "Bar".into(),
                 build_id: "ab".into(),
                 dependencies: String::new(),
+                parent: 0,
                 library: "/functions/libbar.so".into(),
                 graft: 0x20_5000,
                 index: 0,

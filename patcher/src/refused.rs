@@ -79,6 +79,14 @@ refusals! {
         found: usize,
     } = "no-invoke-routine", "{executable} has {found} symbols for FuncWorker::InvokeFuncWrapper where one is needed",
         "use a func_worker_v1 that is not stripped";
+    /// What should make the call is not fused itself.
+    NotFused {
+        /// The callee that would have to be.
+        callee: String,
+        /// The worker.
+        pid: i32,
+    } = "not-fused", "{callee} is not fused in worker {pid}, so nothing below it can be",
+        "patch that edge first";
     /// The callee's library lacks a function of the worker_v1 ABI.
     MissingExport {
         /// The callee's library.

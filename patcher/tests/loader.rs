@@ -292,10 +292,14 @@ fn cplusplus_without_exceptions_is_not_refused_for_them() {
     let source = "struct A { virtual int f() { return 1; } virtual ~A() {} }; int g(A *a) { return a->f(); }";
     let callee = Library::build("g++", "cc", source, &["-fno-exceptions", "-fno-rtti"]);
     let caller = Library::new(ABI, &[]);
-    let result = scope(&caller, &callee);
-    // The program has no libstdc++; that is another matter.
-    let fine = matches!(result, Ok(()) | Err(Refused::Dependency { .. }));
-    assert!(fine, "{result:?}");
+    assert_eq!(scope(&caller, &callee), Ok(()));
+    let prints = "#include <ostream>\nvoid f(std::ostream &o) { o << 1; }";
+    let callee = Library::build("g++", "cc", prints, &["-fno-exceptions"]);
+    match scope(&caller, &callee) {
+        // There must be only one, and the program has none.
+        Err(Refused::Dependency { needed, .. }) => assert_eq!(needed, "libstdc++.so.6"),
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]

@@ -14,11 +14,13 @@
 //! - [`keeper`]: the process that owns a node; [`Node`]: its handle in a test.
 //! - [`fixtures`]: functions in C; [`client`] and [`load`]: who calls them.
 //! - [`agent`]: the agent and `agentctl`, the programs under test.
+//! - [`coverage`]: every kind of function, as RPC and fused.
 //! - [`sys`]: all that is unsafe.
 
 pub mod agent;
 pub mod client;
 pub mod container;
+pub mod coverage;
 pub mod engine;
 pub mod fixtures;
 pub mod flags;

@@ -127,6 +127,8 @@ pub struct NodeSpec {
     /// Processors that the whole node is confined to; empty for all. On one
     /// processor an RPC costs no wake-up of another, and times are steady.
     pub cpus: Vec<usize>,
+    /// Another worker program than the one that was built with us.
+    pub worker: Option<PathBuf>,
     /// How long it may take until all workers are ready.
     pub start_within: Duration,
 }
@@ -140,6 +142,7 @@ impl NodeSpec {
             nested_mode: NestedMode::default(),
             strict_lifetime: false,
             cpus: Vec::new(),
+            worker: None,
             start_within: START_WITHIN,
         }
     }
@@ -236,6 +239,7 @@ impl Node {
             fifo_for_nested_call: node.spec.nested_mode == NestedMode::Fifo,
             strict_lifetime: node.spec.strict_lifetime,
             cpus: node.spec.cpus.clone(),
+            worker: node.spec.worker.clone(),
         }));
         node.ask(&ask, deadline)
             .context("the node does not start")?;

@@ -61,7 +61,7 @@ fn a_callee_that_opens_files_needs_leave() -> Result<()> {
     );
     let error = refused.json()?["error"].clone();
     let message = error["message"].as_str().unwrap_or_default();
-    ensure!(message.contains("files (libreader.so: fopen)"), "{message}");
+    ensure!(message.contains("files (libbar.so: fopen)"), "{message}");
     let hint = error["hint"].as_str().unwrap_or_default();
     ensure!(hint.contains("--allow-effects files,"), "{hint}");
     // Leave for something else is none.
@@ -76,7 +76,7 @@ fn a_callee_that_opens_files_needs_leave() -> Result<()> {
     ensure!(told.code == 0, "{told:?}");
     for text in [
         "files [not allowed]: ",
-        "libreader.so: fopen",
+        "libbar.so: fopen",
         "\"/etc/bar.conf\"",
         "to be fused it needs --allow-effects files, ",
     ] {

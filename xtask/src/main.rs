@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use run::{cargo, released};
+use run::{cargo, debug, released};
 
 /// Everything that is done with this workspace.
 #[derive(Parser)]
@@ -37,6 +37,10 @@ enum Task {
     /// Measure calls and stops side by side (`cargo xtask bench --help`).
     #[command(disable_help_flag = true)]
     Bench(PassedOn),
+    /// Run every fixture as RPC and fused, and write docs/coverage.md
+    /// (`cargo xtask coverage --help`).
+    #[command(disable_help_flag = true)]
+    Coverage(PassedOn),
     /// Check formatting and lints, as CI does before the tests.
     Lint,
 }
@@ -57,32 +61,41 @@ impl PassedOn {
 
 fn main() -> Result<()> {
     match Arguments::parse().task {
-        Task::Setup => setup::install(true),
+        Task::Setup => setup::install(setup::Extent::All),
         Task::Demo(passed) => {
             if !passed.asks_for_help() {
-                setup::install(
-                    passed
-                        .arguments
-                        .iter()
-                        .any(|a| a.to_string_lossy().contains("docker")),
-                )?;
+                let docker = passed
+                    .arguments
+                    .iter()
+                    .any(|a| a.to_string_lossy().contains("docker"));
+                setup::install(if docker {
+                    setup::Extent::Docker
+                } else {
+                    setup::Extent::Functions
+                })?;
             }
             released("demo", &passed.arguments)
         }
         Task::Bench(passed) => {
             if !passed.asks_for_help() {
-                setup::install(false)?;
+                setup::install(setup::Extent::Functions)?;
             }
             released("bench", &passed.arguments)
         }
         Task::Test(passed) => {
-            setup::install(true)?;
+            setup::install(setup::Extent::All)?;
             // The end-to-end tests run the programs as they are installed.
             cargo(["build", "--workspace", "--bins"], [])?;
             cargo(
                 ["test", "--workspace"],
                 passed.arguments.iter().map(OsString::as_os_str),
             )
+        }
+        Task::Coverage(passed) => {
+            if !passed.asks_for_help() {
+                setup::install(setup::Extent::Fixtures)?;
+            }
+            debug("coverage", &passed.arguments)
         }
         Task::Lint => {
             cargo(["fmt", "--all", "--check"], [])?;

@@ -32,9 +32,19 @@ pub(crate) fn released(program: &str, arguments: &[OsString]) -> Result<()> {
         ["build", "--release", "--workspace", "--bins", "--quiet"],
         [],
     )?;
+    built("release", program, arguments)
+}
+
+/// The same as the tests have built it, for what measures nothing.
+pub(crate) fn debug(program: &str, arguments: &[OsString]) -> Result<()> {
+    cargo(["build", "--workspace", "--bins", "--quiet"], [])?;
+    built("debug", program, arguments)
+}
+
+fn built(profile: &str, program: &str, arguments: &[OsString]) -> Result<()> {
     let target =
         std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    let mut command = Command::new(target.join("release").join(program));
+    let mut command = Command::new(target.join(profile).join(program));
     command.current_dir(root()).args(arguments);
     finish(command)
 }

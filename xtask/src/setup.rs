@@ -18,13 +18,50 @@ const BUILD: &[Needed] = &[
 /// For tests and the demo with Docker.
 const DOCKER: &[Needed] = &[("docker.io", "/usr/sbin/dockerd")];
 
-/// Installs what is missing; `docker` includes what only Docker's tests and
-/// demo need.
-pub(crate) fn install(docker: bool) -> Result<()> {
-    let docker = if docker { DOCKER } else { &[] };
-    let missing: Vec<&str> = BUILD
+/// For the fixtures of `coverage`: other linkers, tools that rewrite libraries,
+/// and the libraries that functions use.
+const FIXTURES: &[Needed] = &[
+    ("binutils", "/usr/bin/ld.gold"),
+    ("lld", "/usr/bin/ld.lld"),
+    ("llvm", "/usr/bin/llvm-profdata"),
+    ("bolt-16", "/usr/bin/llvm-bolt-16"),
+    ("patchelf", "/usr/bin/patchelf"),
+    ("musl-tools", "/usr/bin/musl-gcc"),
+    ("libssl-dev", "/usr/include/openssl/evp.h"),
+    ("zlib1g-dev", "/usr/include/zlib.h"),
+    ("libsqlite3-dev", "/usr/include/sqlite3.h"),
+    ("libpcre2-dev", "/usr/include/pcre2.h"),
+    ("libjpeg62-turbo-dev", "/usr/include/jpeglib.h"),
+    ("libxml2-dev", "/usr/include/libxml2/libxml/parser.h"),
+    ("libthrift-dev", "/usr/include/thrift/Thrift.h"),
+    ("locales", "/usr/share/i18n/locales/de_DE"),
+];
+
+/// Which tasks are to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Extent {
+    /// Those that compile functions.
+    Functions,
+    /// These, in Docker's containers.
+    Docker,
+    /// `coverage`.
+    Fixtures,
+    /// Everything.
+    All,
+}
+
+/// Installs what is missing, and says what.
+pub(crate) fn install(extent: Extent) -> Result<()> {
+    let parts: &[&[Needed]] = match extent {
+        Extent::Functions => &[BUILD],
+        Extent::Docker => &[BUILD, DOCKER],
+        Extent::Fixtures => &[BUILD, FIXTURES],
+        Extent::All => &[BUILD, DOCKER, FIXTURES],
+    };
+    let missing: Vec<&str> = parts
         .iter()
-        .chain(docker)
+        .copied()
+        .flatten()
         .filter(|(_, file)| !std::path::Path::new(file).exists())
         .map(|(package, _)| *package)
         .collect();

@@ -38,7 +38,11 @@ pub fn patch(
     node: &Node,
     request: &PatchRequest,
 ) -> Result<PatchReport, AgentError> {
-    let (caller, callee) = select::edge(node, &request.caller, &request.callee, request.engine)
+    let select::Edge {
+        caller,
+        callee,
+        name,
+    } = select::edge(node, &request.caller, &request.callee, request.engine)
         .map_err(|error| context.explained(error))?;
     let mut callers = select::native_workers(caller)?;
     // The busiest first: a canary that nobody calls proves nothing.
@@ -56,8 +60,8 @@ pub fn patch(
             .into_iter()
             .map(|(_, target)| target.clone())
             .collect(),
-        name: callee.label(),
         allowed: asked.and(context.policy.allowed(&caller.label(), &callee.label())),
+        name,
         bound: canary_wait(request.canary_wait_ms),
     };
     let (todo, mut workers) = edge.check(&callers)?;

@@ -268,6 +268,10 @@ pub struct Worker {
     pub pad: [u8; 6],
     /// The innermost graft whose call is active, 0 for none.
     pub active: Cell<u64>,
+    /// Bytes of an XSAVE area for what TLS descriptors must keep; 0: the
+    /// processor or the system has no XSAVE (FXSAVE is used), or no graft was
+    /// initialised yet.
+    pub xsave_len: Cell<u64>,
     /// Addresses of [`Graft`]s.
     pub grafts: [u64; MAX_GRAFTS],
 }
@@ -382,11 +386,20 @@ pub struct Module {
     /// 1: not part of the function's own dependencies; it was loaded by
     /// `dlopen` in the callee's worker, and is initialised by `dlopen` here.
     pub on_demand: u64,
-    /// 1 once its initialisers ran.
+    /// [`MODULE_INITIALISING`] from its first initialiser on,
+    /// [`MODULE_INITIALISED`] once they ran.
     pub initialised: Cell<u64>,
     /// Thread-local storage.
     pub tls: Tls,
+    /// Its block on the worker's thread, 0 while that has none: the one that
+    /// is found without asking the C library.
+    pub home_block: Cell<u64>,
 }
+
+/// [`Module::initialised`]: its initialisers run (or one of them failed).
+pub const MODULE_INITIALISING: u64 = 2;
+/// [`Module::initialised`]: its initialisers ran.
+pub const MODULE_INITIALISED: u64 = 1;
 
 /// One entry of the order in which `dlsym` looks for a symbol.
 #[derive(Debug, Clone, Copy)]
@@ -473,6 +486,12 @@ pub struct Graft {
     pub parent: u64,
     /// The graft whose call is active around this one's, 0 for none.
     pub outer: Cell<u64>,
+    /// Time-stamp counter at the running call's start, 0 if it is not timed.
+    pub started: Cell<u64>,
+    /// MXCSR of the running call's caller.
+    pub caller_mxcsr: Cell<u32>,
+    /// x87 control word of the running call's caller.
+    pub caller_fpucw: Cell<u32>,
     /// Given to initialisers: argument count of the callee's own worker.
     pub argc: u64,
     /// Given to initialisers: arguments of the callee's own worker.

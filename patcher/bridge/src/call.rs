@@ -4,53 +4,53 @@
 //! RPC", with nothing changed. After it, a failure of ours is what a failed
 //! RPC would be: -1 and no output.
 
+use core::arch::naked_asm;
 use core::arch::x86_64::__m128i;
 use core::ffi::{c_char, c_int, c_void};
+use core::mem::offset_of;
 use core::sync::atomic::{
     AtomicU64,
-    Ordering::{Acquire, Relaxed},
+    Ordering::{Acquire, Relaxed, SeqCst},
+    compiler_fence,
 };
 
 use crate::abi::{
-    Control, Graft, INLINE_INPUT, SAMPLE_EVERY, STATE_ARMED, STATE_READY, SharedEdge, Site, Worker,
+    Control, Graft, INLINE_INPUT, SAMPLE_EVERY, STATE_READY, SharedEdge, Site, Worker,
 };
-use crate::entry::{Frame, TAKE_RPC};
-use crate::{arena, start, sys};
+use crate::entry::Frame;
+use crate::{arena, start, sys, unwind};
 
-/// `faas_func_call`.
-type FuncCall = unsafe extern "C" fn(*mut c_void, *const u8, usize) -> c_int;
-/// `invoke_func`.
-type Invoke = unsafe extern "C" fn(
-    *mut c_void,
-    *const c_char,
-    *const u8,
-    usize,
-    *mut *const u8,
-    *mut usize,
-) -> c_int;
 /// `memcpy`.
 type Memcpy = unsafe extern "C" fn(*mut u8, *const u8, usize) -> *mut u8;
 
-/// Decides and, if all is in order, runs the callee.
-///
-/// Gives what the RPC would have returned (0 or -1), or [`TAKE_RPC`] with
-/// nothing changed.
+/// What [`crate::entry::ng_enter`] goes on with, in `rax` and `rdx`.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Decision {
+    /// The [`Graft`] whose function to call; 0: take the RPC, with nothing
+    /// changed.
+    graft: u64,
+    /// The input to give to it.
+    input: u64,
+}
+
+/// Decides and, if all is in order, prepares the callee's run.
 ///
 /// # Safety
 /// Called by [`crate::entry::ng_enter`] alone, with the frame it built and a
 /// site whose structures the patcher has written.
-pub unsafe extern "C" fn ng_call(frame: *const Frame) -> i64 {
+pub(crate) unsafe extern "C" fn prepare(frame: *const Frame) -> Decision {
     // SAFETY: see above; what the structures point at is never unmapped while
     // a stub leads here.
-    let (frame, site) = unsafe { (&*frame, &*((*frame).site as *const Site)) };
+    let (frame, site) = unsafe { (&*frame, &*((*frame).record.get() as *const Site)) };
     // SAFETY: as above.
     let worker = unsafe { &*(site.worker as *const Worker) };
     // First of all: with another target the "name" may be anything.
     if frame.target != worker.invoke {
-        return other(worker, core::mem::offset_of!(Control, other_target));
+        return other(worker, offset_of!(Control, other_target));
     }
     if sys::thread_pointer() != worker.thread {
-        return other(worker, core::mem::offset_of!(Control, other_thread));
+        return other(worker, offset_of!(Control, other_thread));
     }
     let graft = if frame.name == site.name && frame.name != 0 {
         site.graft
@@ -58,7 +58,7 @@ pub unsafe extern "C" fn ng_call(frame: *const Frame) -> i64 {
         // SAFETY: as above; this is an RPC, so `name` is its name.
         match unsafe { by_name(worker, frame.name) } {
             Some(graft) => graft,
-            None => return other(worker, core::mem::offset_of!(Control, other_name)),
+            None => return other(worker, offset_of!(Control, other_name)),
         }
     };
     // SAFETY: as above.
@@ -69,11 +69,8 @@ pub unsafe extern "C" fn ng_call(frame: *const Frame) -> i64 {
     if shared.gate.load(Relaxed) == 0 {
         return rpc(&shared.rpc_gate_off);
     }
-    if graft.state.load(Acquire) != STATE_READY {
-        if graft.state.load(Acquire) == STATE_ARMED {
-            // SAFETY: this is the worker's thread in ordinary code, at a call.
-            unsafe { start::begin(graft, worker) };
-        }
+    // SAFETY: this is the worker's thread in ordinary code, at a call.
+    if graft.state.load(Acquire) != STATE_READY && !unsafe { start::advance(graft, worker) } {
         return rpc(&shared.rpc_not_ready);
     }
     if graft.busy.get() != 0 {
@@ -92,17 +89,104 @@ pub unsafe extern "C" fn ng_call(frame: *const Frame) -> i64 {
     };
     let entered = shared.entered.load(Relaxed);
     shared.entered.store(entered + 1, Relaxed);
-    if entered % SAMPLE_EVERY == SAMPLE_EVERY / 2 {
-        let before = sys::cycles();
-        // SAFETY: all checks passed.
-        let result = unsafe { run(frame, graft, shared, input) };
-        add(&shared.sampled_cycles, sys::cycles().wrapping_sub(before));
-        add(&shared.samples, 1);
-        result
-    } else {
-        // SAFETY: all checks passed.
-        unsafe { run(frame, graft, shared, input) }
+    // SAFETY: output and output_len are what the caller passes to the RPC,
+    // which stores to both first of all; the graft is ready and not busy.
+    unsafe {
+        (frame.output as *mut u64).write(0);
+        (frame.output_len as *mut u64).write(0);
     }
+    // A signal handler may leave by a jump at any instruction: what is active
+    // is busy.
+    graft.busy.set(1);
+    worker.dirty.set(1);
+    compiler_fence(SeqCst);
+    graft.outer.set(worker.active.get());
+    worker.active.set(core::ptr::from_ref(graft) as u64);
+    frame.record.set(core::ptr::from_ref(graft) as u64);
+    graft.starved.set(0);
+    graft.caller_context.set(frame.context);
+    graft.out.set(0);
+    graft.out_len.set(0);
+    if entered % SAMPLE_EVERY == SAMPLE_EVERY / 2 {
+        graft.started.set(sys::cycles());
+    }
+    // Reading MXCSR is as much as a third of the whole call: not where it is
+    // proven that nobody changes it.
+    let theirs = sys::floating_point(graft.mxcsr_fixed != 0);
+    graft.caller_mxcsr.set(theirs.0);
+    graft.caller_fpucw.set(u32::from(theirs.1));
+    let ours = (graft.mxcsr.get(), graft.fpucw.get() as u16);
+    if differs(theirs, ours) {
+        sys::set_floating_point(ours.0, ours.1);
+    }
+    Decision {
+        graft: core::ptr::from_ref(graft) as u64,
+        input,
+    }
+}
+
+/// After the callee: what the RPC would have returned (0 or -1).
+///
+/// # Safety
+/// Called by [`crate::entry::ng_enter`] alone, with the frame that
+/// [`prepare`] prepared and the callee's result.
+pub(crate) unsafe extern "C" fn finish(frame: *const Frame, result: c_int) -> i64 {
+    // SAFETY: see above.
+    let (frame, graft, worker, shared) = unsafe {
+        let graft = &*((*frame).record.get() as *const Graft);
+        (
+            &*frame,
+            graft,
+            &*(graft.worker as *const Worker),
+            &*(graft.shared as *const SharedEdge),
+        )
+    };
+    let theirs = (graft.caller_mxcsr.get(), graft.caller_fpucw.get() as u16);
+    let ours = (graft.mxcsr.get(), graft.fpucw.get() as u16);
+    let after = sys::floating_point(graft.mxcsr_fixed != 0);
+    if differs(theirs, after) {
+        sys::set_floating_point(theirs.0, theirs.1);
+    }
+    // A mode that the callee changed on purpose is its own next time.
+    if differs(after, ours) {
+        graft.mxcsr.set(after.0 & !EXCEPTION_FLAGS);
+        graft.fpucw.set(u32::from(after.1));
+    }
+    if graft.started.get() != 0 {
+        let cycles = sys::cycles().wrapping_sub(graft.started.replace(0));
+        add(&shared.sampled_cycles, cycles);
+        add(&shared.samples, 1);
+    }
+    if worker.active.get() != core::ptr::from_ref(graft) as u64 {
+        // The callee left calls of its own by a jump.
+        // SAFETY: the chain is the worker's.
+        unsafe { abandon_inner(worker, graft) };
+    }
+    let (out, len, starved) = (graft.out.get(), graft.out_len.get(), graft.starved.get());
+    worker.active.set(graft.outer.get());
+    compiler_fence(SeqCst);
+    graft.busy.set(0);
+    add(&shared.bytes_in, frame.input_len);
+    add(&shared.returned, 1);
+    if result != 0 || starved != 0 {
+        if starved != 0 {
+            // The next one would fail as well.
+            shared.gate.store(0, Relaxed);
+        }
+        add(&shared.errors, 1);
+        return -1;
+    }
+    if len != 0 {
+        // SAFETY: the arena keeps room for the NUL; `prepare` stored to both
+        // of the others.
+        unsafe {
+            ((out + len) as *mut u8).write(0);
+            (frame.output as *mut u64).write(out);
+            (frame.output_len as *mut u64).write(len);
+        }
+        add(&shared.bytes_out, len);
+    }
+    0
 }
 
 /// The graft whose name equals the bytes at `name`, terminator included.
@@ -134,7 +218,7 @@ unsafe fn by_name(worker: &Worker, name: u64) -> Option<u64> {
 
 /// Counts a call that is none of an edge's, in the control area.
 #[cold]
-fn other(worker: &Worker, offset: usize) -> i64 {
+fn other(worker: &Worker, offset: usize) -> Decision {
     // SAFETY: the control area outlives every stub; the offset is a counter's.
     rpc(unsafe { &*((worker.control + offset as u64) as *const AtomicU64) })
 }
@@ -156,9 +240,9 @@ unsafe fn same(mut a: *const u8, mut b: *const u8) -> bool {
 }
 
 #[cold]
-fn rpc(reason: &AtomicU64) -> i64 {
+fn rpc(reason: &AtomicU64) -> Decision {
     add(reason, 1);
-    TAKE_RPC
+    Decision { graft: 0, input: 0 }
 }
 
 /// One writer per counter: no locked instruction.
@@ -167,66 +251,67 @@ fn add(counter: &AtomicU64, n: u64) {
     counter.store(counter.load(Relaxed).wrapping_add(n), Relaxed);
 }
 
-/// Runs the callee.
-#[inline(always)]
-unsafe fn run(frame: &Frame, graft: &Graft, shared: &SharedEdge, input: u64) -> i64 {
-    // SAFETY: output and output_len are what the caller passes to the RPC,
-    // which stores to both first of all; the graft is ready and not busy.
+/// In the landing pad for exceptions: the call's result.
+///
+/// # Safety
+/// Called by [`crate::entry::landing_caught`] alone.
+pub(crate) unsafe extern "C" fn caught(frame: *const Frame, exception: *mut c_void) -> i64 {
+    // SAFETY: the frame is that of a call whose callee ran. What the exception
+    // holds is destroyed in the callee's modes, and before others run it.
     unsafe {
-        let (output, output_len) = (frame.output as *mut u64, frame.output_len as *mut u64);
-        output.write(0);
-        output_len.write(0);
-        graft.busy.set(1);
-        graft.starved.set(0);
-        graft.caller_context.set(frame.context);
-        graft.out.set(0);
-        graft.out_len.set(0);
+        unwind::end(exception);
+        abandoned(frame);
+    }
+    -1
+}
 
-        // Reading MXCSR is as much as a third of the whole call: not where it
-        // is proven that nobody changes it.
-        let fixed = graft.mxcsr_fixed != 0;
-        let theirs = sys::floating_point(fixed);
-        let ours = (graft.mxcsr.get(), graft.fpucw.get() as u16);
-        if differs(theirs, ours) {
-            sys::set_floating_point(ours.0, ours.1);
-        }
-        let call: FuncCall = core::mem::transmute(graft.call as usize);
-        let result = call(
-            graft.handle.get() as *mut c_void,
-            input as *const u8,
-            frame.input_len as usize,
-        );
-        let after = sys::floating_point(fixed);
-        if differs(theirs, after) {
+/// In the landing pads: puts in order what a call that does not come back has
+/// left.
+///
+/// # Safety
+/// As for [`caught`].
+pub(crate) unsafe extern "C" fn abandoned(frame: *const Frame) {
+    // SAFETY: as above; the modes were read from this thread.
+    unsafe {
+        let graft = &*((*frame).record.get() as *const Graft);
+        let worker = &*(graft.worker as *const Worker);
+        abandon_inner(worker, graft);
+        worker.active.set(graft.outer.get());
+        let shared = &*(graft.shared as *const SharedEdge);
+        add(&shared.bytes_in, (*frame).input_len);
+        give_up(graft);
+        let theirs = (graft.caller_mxcsr.get(), graft.caller_fpucw.get() as u16);
+        if differs(theirs, sys::floating_point(false)) {
             sys::set_floating_point(theirs.0, theirs.1);
         }
-        // A mode that the callee changed on purpose is its own next time.
-        if differs(after, ours) {
-            graft.mxcsr.set(after.0 & !EXCEPTION_FLAGS);
-            graft.fpucw.set(u32::from(after.1));
-        }
-
-        let (out, len) = (graft.out.get(), graft.out_len.get());
-        graft.busy.set(0);
-        add(&shared.bytes_in, frame.input_len);
-        add(&shared.returned, 1);
-        if result != 0 || graft.starved.get() != 0 {
-            if graft.starved.get() != 0 {
-                // The next one would fail as well.
-                shared.gate.store(0, Relaxed);
-            }
-            add(&shared.errors, 1);
-            return -1;
-        }
-        if len != 0 {
-            // The arena keeps room for it.
-            ((out + len) as *mut u8).write(0);
-            output.write(out);
-            output_len.write(len);
-            add(&shared.bytes_out, len);
-        }
-        0
     }
+}
+
+/// Gives up the calls that are active inside of `graft`'s.
+#[cold]
+#[inline(never)]
+unsafe fn abandon_inner(worker: &Worker, graft: &Graft) {
+    let mut active = worker.active.get();
+    let mut left = worker.count.load(Relaxed);
+    while active != 0 && active != core::ptr::from_ref(graft) as u64 && left != 0 {
+        // SAFETY: the chain links grafts.
+        unsafe {
+            let inner = &*(active as *const Graft);
+            give_up(inner);
+            active = inner.outer.get();
+        }
+        left -= 1;
+    }
+}
+
+/// Counts a call that will not come back as one that failed.
+unsafe fn give_up(graft: &Graft) {
+    // SAFETY: the patcher wrote the address.
+    let shared = unsafe { &*(graft.shared as *const SharedEdge) };
+    add(&shared.returned, 1);
+    add(&shared.errors, 1);
+    graft.started.set(0);
+    graft.busy.set(0);
 }
 
 /// MXCSR's sticky exception flags: no mode, and volatile across calls.
@@ -357,7 +442,6 @@ pub unsafe extern "C" fn ng_append(context: *mut c_void, data: *const u8, len: u
     unsafe {
         let worker = &*(graft.worker as *const Worker);
         let out_len = graft.out_len.get();
-        worker.dirty.set(1);
         match worker.arena.grow(graft.out.get(), out_len, len as u64) {
             Some(out) => {
                 graft.out.set(out);
@@ -374,6 +458,7 @@ pub unsafe extern "C" fn ng_append(context: *mut c_void, data: *const u8, len: u
 ///
 /// # Safety
 /// Called by the callee with what the worker_v1 ABI promises.
+#[unsafe(naked)]
 #[cfg_attr(bridge_image, unsafe(no_mangle))]
 pub unsafe extern "C" fn ng_invoke(
     context: *mut c_void,
@@ -383,35 +468,40 @@ pub unsafe extern "C" fn ng_invoke(
     output: *mut *const u8,
     output_len: *mut usize,
 ) -> c_int {
-    // SAFETY: the context was given by `start`, and only it; the outputs are
-    // the callee's to write.
-    unsafe {
-        let graft = &*(context as *const Graft);
-        let worker = &*(graft.worker as *const Worker);
-        output.write(core::ptr::null());
-        output_len.write(0);
-        if graft.busy.get() == 0 || sys::thread_pointer() != worker.thread {
-            return -1;
-        }
-        let invoke: Invoke = core::mem::transmute(worker.invoke as usize);
-        invoke(
-            graft.caller_context.get() as *mut c_void,
-            name,
-            input,
-            input_len,
-            output,
-            output_len,
-        )
-    }
+    // A jump leaves no frame that cancellation would have to pass.
+    naked_asm!(
+        ".cfi_startproc",
+        "endbr64",
+        "mov qword ptr [r8], 0",
+        "mov qword ptr [r9], 0",
+        "cmp byte ptr [rdi + {busy}], 0",
+        "je 2f",
+        "mov rax, [rdi + {worker}]",
+        "mov r10, fs:[0]",
+        "cmp r10, [rax + {thread}]",
+        "jne 2f",
+        "mov rdi, [rdi + {caller_context}]",
+        "jmp [rax + {invoke}]",
+        "2:",
+        "mov eax, -1",
+        "ret",
+        ".cfi_endproc",
+        busy = const offset_of!(Graft, busy),
+        worker = const offset_of!(Graft, worker),
+        thread = const offset_of!(Worker, thread),
+        caller_context = const offset_of!(Graft, caller_context),
+        invoke = const offset_of!(Worker, invoke),
+    );
 }
 
-/// At the entry of the caller's `faas_func_call`, when the arena holds
-/// something. `return_slot` is where the entry's return address lies, `dirty`
+/// At the entry of the caller's `faas_func_call`, when there was a fused call
+/// since the last one. `return_slot` is where the entry's return address lies, `dirty`
 /// the address of the worker's flag of that name.
 ///
 /// Only an entry from the worker's own executable is an outermost one, and it
 /// never happens while a call is active: whatever the arena holds then belongs
-/// to a call that is over.
+/// to a call that is over. A graft that is still busy was left by a jump: a
+/// signal handler's `siglongjmp`, or the callee's own.
 ///
 /// # Safety
 /// Called by the entry stub alone.
@@ -422,9 +512,7 @@ pub unsafe extern "C" fn ng_hook(return_slot: *const u64, dirty: *const u8) {
     let (from, worker) = unsafe {
         (
             return_slot.read(),
-            &*dirty
-                .sub(core::mem::offset_of!(Worker, dirty))
-                .cast::<Worker>(),
+            &*dirty.sub(offset_of!(Worker, dirty)).cast::<Worker>(),
         )
     };
     if sys::thread_pointer() != worker.thread
@@ -434,7 +522,31 @@ pub unsafe extern "C" fn ng_hook(return_slot: *const u64, dirty: *const u8) {
     }
     worker.dirty.set(0);
     // SAFETY: see above.
-    unsafe { worker.arena.reset() };
+    unsafe {
+        worker.arena.reset();
+        let mut index = 0;
+        while index < worker.count.load(Relaxed) as usize {
+            let graft = *worker.grafts.as_ptr().add(index) as *const Graft;
+            if !graft.is_null() && (*graft).busy.get() != 0 {
+                left_by_jump(&*graft);
+            }
+            index += 1;
+        }
+    }
+    worker.active.set(0);
+}
+
+/// As [`give_up`]; the caller's floating-point modes come back if nobody
+/// touched the callee's.
+#[cold]
+#[inline(never)]
+unsafe fn left_by_jump(graft: &Graft) {
+    let ours = (graft.mxcsr.get(), graft.fpucw.get() as u16);
+    if !differs(ours, sys::floating_point(false)) {
+        sys::set_floating_point(graft.caller_mxcsr.get(), graft.caller_fpucw.get() as u16);
+    }
+    // SAFETY: as the caller promises.
+    unsafe { give_up(graft) };
 }
 
 #[cfg(test)]

@@ -1,18 +1,26 @@
 //! Where stubs arrive, in assembly: the RPC's six arguments must survive
 //! untouched until it is decided that the callee runs here.
 //!
+//! The callee is called from here: between its frames and the caller's there
+//! is none of Rust's, which may not be unwound ([`crate::unwind`]).
+//!
 //! On entry `r11` is the site record, `[rsp]` the call's original target and
 //! `[rsp+8]` the address that the call returns to; everything else is as the
 //! caller's code left it for the RPC.
 
 use core::arch::naked_asm;
+use core::cell::Cell;
+use core::mem::offset_of;
+
+use crate::abi::Graft;
 
 /// What [`ng_enter`] saves; the order is the stack's.
 #[derive(Debug)]
 #[repr(C)]
 pub struct Frame {
-    /// Address of the [`crate::abi::Site`].
-    pub site: u64,
+    /// Address of the [`crate::abi::Site`]; once the callee runs, of its
+    /// [`crate::abi::Graft`].
+    pub record: Cell<u64>,
     /// `rdi`: the caller's context.
     pub context: u64,
     /// `rsi`: the callee's name.
@@ -37,9 +45,6 @@ pub struct Frame {
     pub return_address: u64,
 }
 
-/// [`crate::call::ng_call`]: take the RPC.
-pub const TAKE_RPC: i64 = 1;
-
 /// See the module.
 ///
 /// # Safety
@@ -49,7 +54,8 @@ pub const TAKE_RPC: i64 = 1;
 pub unsafe extern "C" fn ng_enter() {
     naked_asm!(
         ".cfi_startproc",
-    ".cfi_adjust_cfa_offset 8", // the target, pushed by the stub
+        ".cfi_personality 0x1b, {personality}", // pcrel, sdata4
+        ".cfi_adjust_cfa_offset 8", // the target, pushed by the stub
         "endbr64",
         "push rbp", // rsp = 8 (mod 16): the return address, the target, rbp
         ".cfi_adjust_cfa_offset 8",
@@ -66,9 +72,16 @@ pub unsafe extern "C" fn ng_enter() {
         "push rdi",
         "push r11", // rsp = 0 (mod 16), and a whole Frame
         "mov rdi, rsp",
-        "call {call}",
-        "cmp rax, {rpc}",
-        "je 2f",
+        "call {prepare}",
+        "test rax, rax",
+        "jz 2f",
+        "mov rdi, [rax + {handle}]",
+        "mov rsi, rdx",
+        "mov rdx, [rsp + {input_len}]",
+        "call [rax + {call}]",
+        "mov rdi, rsp",
+        "mov esi, eax",
+        "call {finish}",
         "mov rsp, rbp",
         "pop rbp",
         ".cfi_remember_state",
@@ -94,8 +107,65 @@ pub unsafe extern "C" fn ng_enter() {
         "pop r11",
         ".cfi_adjust_cfa_offset -8",
         "jmp r11",
-    ".cfi_endproc",
-        call = sym crate::call::ng_call,
-        rpc = const TAKE_RPC,
+        ".cfi_endproc",
+        personality = sym crate::unwind::enter_personality,
+        prepare = sym crate::call::prepare,
+        finish = sym crate::call::finish,
+        handle = const offset_of!(Graft, handle),
+        call = const offset_of!(Graft, call),
+        input_len = const offset_of!(Frame, input_len),
+    );
+}
+
+/// Where an exception ends that the callee let out: in [`ng_enter`]'s frame,
+/// with its frame pointer and the stack pointer at its [`Frame`].
+///
+/// # Safety
+/// Entered by the unwinder alone.
+#[unsafe(naked)]
+pub(crate) unsafe extern "C" fn landing_caught() {
+    naked_asm!(
+        ".cfi_startproc",
+        ".cfi_def_cfa rbp, 24",
+        ".cfi_offset rbp, -24",
+        "endbr64",
+        "mov rdi, rsp",
+        "mov rsi, rax",
+        "call {caught}",
+        "mov rsp, rbp",
+        "pop rbp",
+        ".cfi_def_cfa rsp, 16",
+        ".cfi_restore rbp",
+        "lea rsp, [rsp + 8]",
+        ".cfi_adjust_cfa_offset -8",
+        "ret",
+        ".cfi_endproc",
+        caught = sym crate::call::caught,
+    );
+}
+
+/// Where forced unwinding comes through.
+///
+/// # Safety
+/// As for [`landing_caught`].
+#[unsafe(naked)]
+pub(crate) unsafe extern "C" fn landing_forced() {
+    naked_asm!(
+        ".cfi_startproc",
+        ".cfi_def_cfa rbp, 24",
+        ".cfi_offset rbp, -24",
+        "endbr64",
+        "mov rdi, rsp",
+        "push rax",
+        "push rax",
+        "call {abandoned}",
+        "call {resume}",
+        "pop rdi",
+        "pop rdi",
+        "call rax",
+        "ud2", // it does not come back
+        ".cfi_endproc",
+        abandoned = sym crate::call::abandoned,
+        resume = sym crate::unwind::resume,
     );
 }

@@ -135,3 +135,37 @@ pub(crate) fn set_floating_point(mxcsr: u32, fpucw: u16) {
         asm!("ldmxcsr [{}]", "fldcw [{}]", in(reg) &raw const mxcsr, in(reg) &raw const fpucw, options(nostack, preserves_flags, readonly));
     }
 }
+
+/// State components that code called by a TLS descriptor may change: x87,
+/// SSE, AVX, MPX, AVX-512 and the extended general registers (Intel SDM,
+/// volume 1, chapter 13). Not AMX: no C library code uses its tiles.
+pub(crate) const XSAVE_COMPONENTS: u32 = 0x8_00ff;
+
+/// Bytes of an XSAVE area (standard form) for [`XSAVE_COMPONENTS`]; 0 if there
+/// is no XSAVE.
+pub(crate) fn xsave_len() -> u64 {
+    use core::arch::x86_64::{__cpuid, __cpuid_count};
+    // OSXSAVE: the system has enabled it.
+    if __cpuid(1).ecx & 1 << 27 == 0 {
+        return 0;
+    }
+    // The legacy area and the header.
+    let mut len = 512 + 64;
+    let enabled = __cpuid_count(0xd, 0).eax & XSAVE_COMPONENTS;
+    let mut component = 2;
+    while component < 32 {
+        if enabled & 1 << component != 0 {
+            let place = __cpuid_count(0xd, component);
+            len = len.max(u64::from(place.eax) + u64::from(place.ebx));
+        }
+        component += 1;
+    }
+    len
+}
+
+/// Ends the process (SIGILL): what was promised can't be kept.
+#[cold]
+pub(crate) fn stop() -> ! {
+    // SAFETY: no instruction comes after it.
+    unsafe { asm!("ud2", options(noreturn, nomem, nostack)) }
+}

@@ -84,7 +84,8 @@ impl FromIterator<Guarded> for Allowance {
     }
 }
 
-/// One word; [`Allowance::of`] takes several.
+/// One word; [`Allowance::of`] takes several. A kind that needs no leave may be
+/// named all the same.
 impl FromStr for Allowance {
     type Err = UnknownEffect;
 
@@ -92,7 +93,8 @@ impl FromStr for Allowance {
         match (word, Guarded::named(word)) {
             ("all", _) => Ok(Allowance::all()),
             (_, Some(kind)) => Ok([kind].into_iter().collect()),
-            (_, None) => Err(UnknownEffect(word.to_owned())),
+            _ if super::KINDS.iter().any(|(kind, ..)| *kind == word) => Ok(Allowance::NONE),
+            _ => Err(UnknownEffect(word.to_owned())),
         }
     }
 }
@@ -132,8 +134,14 @@ mod tests {
     }
 
     #[test]
+    fn what_needs_no_leave_may_be_named() {
+        let some = Allowance::of(["processes", "files", "environment"]).unwrap();
+        assert_eq!(some.to_string(), "files");
+    }
+
+    #[test]
     fn an_unknown_word_is_told_with_those_that_are_known() {
-        for word in ["file", "Files", "threads", "", "files,network"] {
+        for word in ["file", "Files", "thread", "", "files,network"] {
             let error = Allowance::of(["network", word]).unwrap_err();
             assert_eq!(error, UnknownEffect(word.to_owned()));
             let text = error.to_string();

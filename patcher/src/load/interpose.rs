@@ -22,6 +22,10 @@ pub struct Function {
 pub const FUNCTIONS: &[Function] = &[
     function("getenv", "ng_getenv", 1),
     function("secure_getenv", "ng_getenv", 1),
+    function("pthread_setspecific", "ng_setspecific", 2),
+    function("tss_set", "ng_tss_set", 2),
+    function("__cxa_thread_atexit", "ng_thread_atexit", 3),
+    function("__cxa_thread_atexit_impl", "ng_thread_atexit", 3),
 ];
 
 /// Names of the variable that an image's `environ` is.

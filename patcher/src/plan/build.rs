@@ -24,7 +24,8 @@ pub struct Input<'a> {
     pub code: &'a CodeMap,
     /// A worker of the callee's.
     pub callee: &'a Worker,
-    /// The callee's name, as the caller's code passes it.
+    /// The callee's name, as the caller's code passes it; `Bar/Baz` for what
+    /// Bar calls where it is fused already.
     pub name: &'a str,
     /// What the caller's worker holds.
     pub present: Option<&'a Present>,
@@ -45,7 +46,11 @@ pub fn plan(input: &Input<'_>) -> Result<PatchPlan, Refused> {
     let callee = input.callee.function();
     load::check(&callee.path, &callee.image)?;
     load::check_exports(&callee.path, &callee.image)?;
-    let sites = usable_sites(input)?;
+    let parent = parent(input)?;
+    let sites = match parent {
+        0 => usable_sites(input)?,
+        _ => Sites::default(),
+    };
     let entry = input
         .code
         .entry_window("faas_func_call")
@@ -63,13 +68,30 @@ pub fn plan(input: &Input<'_>) -> Result<PatchPlan, Refused> {
             .iter()
             .position(|g| !g.replaced && g.callee == input.name)?;
         let graft = &present.manifest.grafts[index];
-        let same = graft.build_id == build_id && graft.dependencies == dependencies;
+        let same = graft.build_id == build_id
+            && graft.dependencies == dependencies
+            && graft.parent == parent;
         (same && !present.failed(index)).then_some(index)
     });
     match (input.present, reused) {
         (Some(present), Some(index)) => again(input, present, index, &sites),
         _ => fresh(input, &sites, &entry, build_id),
     }
+}
+
+/// The graft whose calls are meant, live; 0 for the worker's own function.
+pub(super) fn parent(input: &Input<'_>) -> Result<u64, Refused> {
+    let Some((above, _)) = input.name.rsplit_once('/') else {
+        return Ok(0);
+    };
+    let manifest = input.present.map(|present| &present.manifest);
+    let graft = manifest.and_then(|manifest| manifest.graft(above));
+    graft
+        .map(|graft| graft.graft)
+        .ok_or_else(|| Refused::NotFused {
+            callee: above.to_owned(),
+            pid: input.caller.pid,
+        })
 }
 
 /// A library that reaches its own `faas_func_call` through a relocation (its
@@ -96,6 +118,7 @@ fn refuse_reentry(library: &Module) -> Result<(), Refused> {
     Ok(())
 }
 
+#[derive(Default)]
 pub(super) struct Sites {
     pub(super) usable: Vec<(Site, Window)>,
     pub(super) unfused: Vec<Unfused>,

@@ -13,7 +13,9 @@ use std::mem::offset_of;
 
 use nightgraft_bridge::abi;
 
-use super::build::{Input, Sites, base, dependencies, in_order, other_slot, stores as stores_of};
+use super::build::{
+    Input, Sites, base, dependencies, in_order, other_slot, parent, stores as stores_of,
+};
 use super::images::{self, Records};
 use super::layout::{self, Area, GraftFields, WorkerFields};
 use super::unwind::{self, StubFrame};
@@ -300,7 +302,9 @@ impl Draft<'_> {
             .iter()
             .map(|_| area.reserve(size_of::<abi::Site>(), align_of::<abi::Site>()))
             .collect();
-        let name = area.string(self.input.name.as_bytes());
+        // As its caller passes it.
+        let name = self.input.name.rsplit('/').next().unwrap_or_default();
+        let name = area.string(name.as_bytes());
         let images = images::write(&mut area, &records, self.scope, loaded);
         let stub_eh_frame = area.reserve(unwind::size(self.sites.len()), 8);
         let argv = area.strings(&callee.arguments);
@@ -328,11 +332,12 @@ impl Draft<'_> {
             } else {
                 stub_eh_frame
             },
-            parent: 0,
+            parent: parent(self.input)?,
             arguments: (argv, callee.arguments.len() as u64),
             environ,
             index: self.index as u64,
-            mxcsr_fixed: modes::mxcsr_is_fixed(caller, self.scope),
+            // Below another graft it is that one's code that makes the call.
+            mxcsr_fixed: parent(self.input)? == 0 && modes::mxcsr_is_fixed(caller, self.scope),
         }
         .write(&mut area, graft);
         if self.input.present.is_none() {
@@ -557,6 +562,7 @@ impl Draft<'_> {
         };
         let record = GraftRecord {
             callee: input.name.into(),
+            parent: parent(input)?,
             build_id: build_id.clone(),
             dependencies: dependencies(input.callee)?,
             library: callee.path.clone(),

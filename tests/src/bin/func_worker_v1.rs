@@ -1,5 +1,8 @@
 //! `func_worker_v1 /path/to/library.so`: serves one function.
 
+#[path = "../cxx_program.rs"]
+mod cxx_program;
+
 use std::path::Path;
 
 use anyhow::{Result, ensure};

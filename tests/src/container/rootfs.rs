@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Read as _;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -73,6 +74,14 @@ fn parse_line(line: &str) -> Result<Option<PathBuf>> {
     Ok(path.starts_with('/').then(|| path.into()))
 }
 
+fn is_elf(file: &Path) -> Result<bool> {
+    let mut magic = [0; 4];
+    let read = fs::File::open(file)
+        .and_then(|mut f| f.read(&mut magic))
+        .with_context(|| file.display().to_string())?;
+    Ok(read == magic.len() && magic == *b"\x7fELF")
+}
+
 /// Copies `files`, the libraries that they need and the loader to `root`.
 pub fn build(root: &Path, files: &[Entry]) -> Result<()> {
     // By destination, so that nothing is copied twice.
@@ -85,8 +94,11 @@ pub fn build(root: &Path, files: &[Entry]) -> Result<()> {
             file.to.display()
         );
         all.insert(file.to.clone(), file.from.clone());
-        for library in libraries_of(&file.from)? {
-            all.insert(library.clone(), library);
+        // Configuration and the like needs nothing.
+        if is_elf(&file.from)? {
+            for library in libraries_of(&file.from)? {
+                all.insert(library.clone(), library);
+            }
         }
     }
     for (to, from) in &all {

@@ -42,6 +42,8 @@ pub struct KeeperSpec {
     pub strict_lifetime: bool,
     /// Processors that everything is confined to; empty for all.
     pub cpus: Vec<usize>,
+    /// Another worker program than the one beside the other programs.
+    pub worker: Option<PathBuf>,
 }
 
 /// One function of a node.

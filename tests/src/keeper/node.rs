@@ -136,7 +136,13 @@ impl Node {
         let launcher = format!("{BIN_INSIDE}/launcher");
         let mut files = vec![
             Entry::new(self.spec.bins.join("launcher"), &launcher),
-            Entry::new(self.spec.bins.join("func_worker_v1"), &worker),
+            Entry::new(
+                self.spec
+                    .worker
+                    .clone()
+                    .unwrap_or_else(|| self.spec.bins.join("func_worker_v1")),
+                &worker,
+            ),
             Entry::new(&function.library, &library),
         ];
         files.extend(function.files.iter().map(|(from, to)| Entry::new(from, to)));
