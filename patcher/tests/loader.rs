@@ -14,7 +14,7 @@ mod host;
 use build::{ABI, ALONE, Library};
 use host::Host;
 use nightgraft_patcher::Refused;
-use nightgraft_patcher::effects::effects;
+use nightgraft_patcher::effects::{Allowance, Library as Effective, effects};
 use nightgraft_patcher::load::{self, Given, GivenTls, Loaded, Place, Scope};
 use nightgraft_patcher::snapshot::{Memory as _, ProcMemory};
 
@@ -353,12 +353,17 @@ fn hidden_state_of_the_c_library_shows_as_an_effect() {
             return rand() + (long)strerror(open(p, flags)) + (long)getpwnam(p) + (long)getpwent();
         }";
     let library = Library::new(source, &["-O2", "-D_FORTIFY_SOURCE=2"]);
-    let found: Vec<(String, String)> = effects(&library.image())
+    let image = library.image();
+    let only = [Effective {
+        path: "/libbar.so",
+        image: &image,
+    }];
+    let found: Vec<(String, String)> = effects(&only, |_| true, Allowance::NONE)
         .into_iter()
-        .map(|e| (e.kind, e.imports.join(" ")))
+        .map(|e| (e.kind, e.seen[0].imports.join(" ")))
         .collect();
     let expected = [
-        ("files", "__open_2"),
+        ("files", "__open_2 getpwent getpwnam"),
         ("descriptors", "dup2"),
         ("process-settings", "sched_setaffinity setrlimit umask"),
         ("random-numbers", "rand srand"),

@@ -150,6 +150,7 @@ fn receipt(plan: &PatchPlan, already: bool) -> PatchReceipt {
         already,
         image_reused: plan.mapping.is_none(),
         through_routine: plan.has_routine().then(|| plan.through_routine.len()),
+        effects: plan.effects.clone(),
         sites: Vec::new(),
         commit_stop_ns: 0,
         stops_ns: Vec::new(),

@@ -250,9 +250,9 @@ impl<'f> Commands<'f> {
             return Ok(command);
         }
         let program = match (variant.compiler.unwrap_or(Compiler::Gcc), ending) {
-            (Compiler::Gcc, "cc") => "g++",
+            (Compiler::Gcc, "cc") | (Compiler::Gxx, _) => "g++",
             (Compiler::Gcc, _) => "gcc",
-            (Compiler::Clang, "cc") => "clang++",
+            (Compiler::Clang, "cc") | (Compiler::Clangxx, _) => "clang++",
             (Compiler::Clang, _) => "clang",
         };
         let mut command = tool(program)?;

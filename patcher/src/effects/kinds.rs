@@ -1,49 +1,44 @@
-//! What a callee may touch that is the caller's once both share a process,
-//! told from what it imports: what the process owns ([`effects`]), and hidden
-//! variables of the C library ([`shared_cursor`]).
-//!
-//! An import shows that a callee can do a thing, not that it does; what it
-//! does through a pointer, a system call of its own or a library that it
-//! shares with the caller does not show.
+//! The tables: which import shows what.
 
-use serde::{Deserialize, Serialize};
-
+use super::imports;
 use crate::elf::Image;
 
-/// One kind of effect and the imports that give it away.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Effect {
-    /// `files`, `network`, `processes`, `threads`, `signals`, `credentials`,
-    /// `working-directory`, `exit`, `time-zone`, `locale`, `descriptors`,
-    /// `process-settings`, `random-numbers`, `static-results`, `databases`,
-    /// `system-calls`.
-    pub kind: String,
-    /// The imports, sorted.
-    pub imports: Vec<String>,
-    /// What is the caller's now.
-    pub means: String,
-}
-
 /// Kind, what it means, imports.
-const KINDS: &[(&str, &str, &str)] = &[
+pub(super) const KINDS: &[(&str, &str, &str)] = &[
     (
         "files",
-        "opens the caller container's files",
+        "opens, looks up or runs the caller container's files",
         "open open64 openat openat64 creat creat64 fopen fopen64 freopen freopen64 opendir scandir scandir64 \
          mkdir mkdirat rmdir unlink unlinkat remove rename renameat renameat2 link linkat symlink symlinkat \
-         mknod mknodat mkfifo __xmknod stat stat64 lstat lstat64 fstatat fstatat64 statx __xstat __xstat64 \
-         __lxstat __lxstat64 __fxstatat __fxstatat64 access faccessat eaccess euidaccess readlink readlinkat \
-         realpath canonicalize_file_name mkstemp mkstemp64 mkostemp mkostemp64 mkstemps mkdtemp tmpfile \
-         tmpfile64 tempnam truncate truncate64 chmod fchmodat chown lchown fchownat utime utimes utimensat \
-         glob glob64 ftw ftw64 nftw nftw64 fts_open inotify_init inotify_init1 shm_open shm_unlink mq_open \
-         sem_open shmget msgget semget statfs statfs64 statvfs statvfs64 mount umount umount2",
+         mknod mknodat mkfifo mkfifoat __xmknod __xmknodat stat stat64 lstat lstat64 fstatat fstatat64 statx \
+         __xstat __xstat64 __lxstat __lxstat64 __fxstatat __fxstatat64 access faccessat eaccess euidaccess \
+         readlink readlinkat realpath canonicalize_file_name mkstemp mkstemp64 mkostemp mkostemp64 mkstemps \
+         mkstemps64 mkostemps mkostemps64 mkdtemp mktemp tmpfile tmpfile64 tempnam tmpnam truncate truncate64 \
+         chmod fchmodat chown lchown fchownat utime utimes lutimes futimesat utimensat glob glob64 ftw ftw64 \
+         nftw nftw64 fts_open fts64_open inotify_init inotify_init1 inotify_add_watch fanotify_init shm_open \
+         shm_unlink mq_open mq_unlink sem_open sem_unlink shmget msgget semget ftok statfs statfs64 statvfs \
+         statvfs64 pathconf mount umount umount2 getxattr lgetxattr setxattr lsetxattr listxattr llistxattr \
+         removexattr lremovexattr name_to_handle_at open_by_handle_at posix_openpt getpt openpty forkpty \
+         setmntent getfsent getfsspec getfsfile catopen syslog vsyslog openlog \
+         execve execv execvp execvpe execl execlp execle execveat posix_spawn posix_spawnp system popen \
+         getpwnam getpwnam_r getpwuid getpwuid_r getpwent getpwent_r getgrnam getgrnam_r getgrgid getgrgid_r \
+         getgrent getgrent_r getgrouplist getspnam getspnam_r getspent getspent_r getservbyname \
+         getservbyname_r getservbyport getservbyport_r getservent getprotobyname getprotobyname_r \
+         getprotobynumber getprotobynumber_r getprotoent getutent getutxent getutid getutxid getusershell",
     ),
     (
         "network",
         "connects from the caller's network namespace",
-        "socket connect bind listen accept accept4 socketpair getaddrinfo getnameinfo gethostbyname \
-         gethostbyname2 gethostbyname_r gethostbyaddr gethostbyaddr_r res_init res_query res_search \
+        "socket connect bind listen accept accept4 getaddrinfo getaddrinfo_a getnameinfo gethostbyname \
+         gethostbyname2 gethostbyname_r gethostbyname2_r gethostbyaddr gethostbyaddr_r gethostent res_init \
+         res_query res_search res_nquery res_nsearch __res_init __res_ninit __res_query __res_search \
+         __res_nquery __res_nsearch getifaddrs if_nametoindex if_indextoname if_nameindex rcmd rexec \
          sethostname setdomainname",
+    ),
+    (
+        "environment",
+        "reads its own worker's environment, as it was when it was fused",
+        "getenv secure_getenv environ __environ _environ setenv putenv unsetenv clearenv",
     ),
     (
         "processes",
@@ -66,7 +61,7 @@ const KINDS: &[(&str, &str, &str)] = &[
     (
         "credentials",
         "acts with the caller's user, groups and capabilities",
-        "setuid setgid seteuid setegid setreuid setregid setresuid setresgid setfsuid setfsgid setgroups \
+        "getuid geteuid getgid getegid getresuid getresgid getgroups getlogin getlogin_r cuserid capget setuid setgid seteuid setegid setreuid setregid setresuid setresgid setfsuid setfsgid setgroups \
          initgroups capset prctl chroot pivot_root unshare setns",
     ),
     (
@@ -85,6 +80,11 @@ const KINDS: &[(&str, &str, &str)] = &[
         "uses the caller's time zone",
         "localtime localtime_r mktime timelocal tzset strftime ctime ctime_r timezone daylight tzname \
          __timezone __daylight __tzname",
+    ),
+    (
+        "host-name",
+        "sees the caller container's host name",
+        "gethostname getdomainname gethostid uname",
     ),
     (
         "locale",
@@ -135,6 +135,68 @@ const KINDS: &[(&str, &str, &str)] = &[
     ),
 ];
 
+/// What begins the mangled names of C++'s library that show a kind, as
+/// `libstdc++` has them. `std::cout` and its like are no files; a path as such
+/// (`std::filesystem::__cxx11::path`) is a string.
+const MANGLED: &[(&str, &[&str])] = &[
+    (
+        "files",
+        &[
+            // std::basic_filebuf, basic_ifstream, basic_ofstream, basic_fstream
+            "13basic_filebufI",
+            "14basic_ifstreamI",
+            "14basic_ofstreamI",
+            "13basic_fstreamI",
+        ],
+    ),
+    ("threads", &["6thread15_M_start_thread"]),
+    (
+        "time-zone",
+        &[
+            "6chrono8get_tzdb",
+            "6chrono12current_zone",
+            "6chrono11locate_zone",
+        ],
+    ),
+];
+
+/// Functions of `std::filesystem`, and its classes that walk folders.
+fn filesystem(rest: &str) -> bool {
+    let Some(name) = rest.strip_prefix("10filesystem") else {
+        return false;
+    };
+    match name.strip_prefix("7__cxx11") {
+        Some(class) => {
+            class.starts_with("18directory_iterator")
+                || class.starts_with("28recursive_directory_iterator")
+        }
+        None => {
+            name.starts_with(|c: char| c.is_ascii_digit())
+                && !name.starts_with("16filesystem_error")
+        }
+    }
+}
+
+/// Whether `import` is a mangled name of namespace `std` that shows `kind`:
+/// a function, constant member function, vtable, VTT or type information.
+fn is_mangled(import: &str, kind: &str) -> bool {
+    let rest = ["_ZNKSt", "_ZNSt", "_ZTVSt", "_ZTTSt", "_ZTISt"]
+        .iter()
+        .find_map(|prefix| import.strip_prefix(prefix));
+    let Some(rest) = rest else { return false };
+    let listed = MANGLED
+        .iter()
+        .filter(|(k, _)| *k == kind)
+        .flat_map(|(_, names)| *names)
+        .any(|name| rest.starts_with(name));
+    listed || kind == "files" && filesystem(rest)
+}
+
+/// Whether `import` shows the kind that these names show.
+pub(super) fn shows(import: &str, kind: &str, names: &str) -> bool {
+    is_one_of(import, names) || is_mangled(import, kind)
+}
+
 /// Functions and variables that work on one hidden position, or return one
 /// hidden table, per process. Someone who calls the function anew while
 /// another is in the middle takes that other's place away.
@@ -158,27 +220,6 @@ const CURSORS: &[&str] = &[
     "re_comp re_exec",
 ];
 
-/// The effects of an image, in a fixed order; empty if none shows.
-#[must_use]
-pub fn effects(image: &Image) -> Vec<Effect> {
-    KINDS
-        .iter()
-        .filter_map(|(kind, means, names)| {
-            let mut imports: Vec<String> = imports(image)
-                .filter(|import| is_one_of(import, names))
-                .map(str::to_owned)
-                .collect();
-            imports.sort();
-            imports.dedup();
-            (!imports.is_empty()).then(|| Effect {
-                kind: (*kind).into(),
-                imports,
-                means: (*means).into(),
-            })
-        })
-        .collect()
-}
-
 /// The first import of `callee` that works on a hidden position in the C
 /// library that an import of `caller` works on too. A caller in the middle of
 /// its own use, as with `strtok` in a loop that makes the call, would go on
@@ -191,14 +232,6 @@ pub fn shared_cursor<'a>(caller: &Image, callee: &'a Image) -> Option<&'a str> {
         .copied()
         .collect();
     imports(callee).find(|import| used.iter().any(|family| is_one_of(import, family)))
-}
-
-fn imports(image: &Image) -> impl Iterator<Item = &str> {
-    image
-        .symbols
-        .iter()
-        .filter(|s| s.undefined())
-        .map(|s| s.name.as_str())
 }
 
 /// Whether `import` is in a list of names, as itself or as the checked variant
@@ -216,6 +249,11 @@ fn is_one_of(import: &str, names: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn kinds_of(import: &str) -> Vec<&'static str> {
+        let shown = KINDS.iter().filter(|(k, _, names)| shows(import, k, names));
+        shown.map(|(k, ..)| *k).collect()
+    }
 
     #[test]
     fn a_checked_variant_is_the_function_itself() {
@@ -238,5 +276,56 @@ mod tests {
             assert_eq!(before, sorted.len(), "{kind}");
             assert_eq!(KINDS.iter().filter(|(k, ..)| k == kind).count(), 1);
         }
+        for (kind, _) in MANGLED {
+            assert!(KINDS.iter().any(|(k, ..)| k == kind), "{kind}");
+        }
+    }
+
+    #[test]
+    fn file_streams_are_files_and_cout_is_none() {
+        for import in [
+            "_ZNSt14basic_ifstreamIcSt11char_traitsIcEEC1EPKcSt13_Ios_Openmode",
+            "_ZNSt13basic_filebufIcSt11char_traitsIcEE4openEPKcSt13_Ios_Openmode",
+            "_ZTTSt14basic_ofstreamIcSt11char_traitsIcEE",
+            "_ZNKSt13basic_filebufIwSt11char_traitsIwEE7is_openEv",
+            "_ZNSt10filesystem6statusERKNS_7__cxx114pathE",
+            "_ZNSt10filesystem7__cxx1118directory_iteratorC1ERKNS0_4pathENS_17directory_optionsEPSt10error_code",
+        ] {
+            assert_eq!(kinds_of(import), ["files"], "{import}");
+        }
+        for import in [
+            "_ZSt4cout",
+            "_ZNSolsEi",
+            "_ZNSt8ios_base4InitC1Ev",
+            "_ZNSt10filesystem7__cxx114path14_M_split_cmptsEv",
+            "_ZNSt10filesystem16filesystem_errorD1Ev",
+            "_ZNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEEC1Ev",
+            "_ZN3foo13basic_filebufIcE4openEv",
+        ] {
+            assert!(kinds_of(import).is_empty(), "{import}");
+        }
+        assert_eq!(
+            kinds_of(
+                "_ZNSt6thread15_M_start_threadESt10unique_ptrINS_6_StateESt14default_deleteIS1_EEPFvvE"
+            ),
+            ["threads"]
+        );
+    }
+
+    #[test]
+    fn pairs_and_pipes_are_no_network() {
+        for import in [
+            "socketpair",
+            "pipe",
+            "pipe2",
+            "poll",
+            "send",
+            "recv",
+            "read",
+            "fstat",
+        ] {
+            assert!(kinds_of(import).is_empty(), "{import}");
+        }
+        assert_eq!(kinds_of("socket"), ["network"]);
     }
 }
