@@ -8,7 +8,6 @@
 //!  Foo's code       not its affair           passes
 //!   stub            (entered by a jump: not on the stack)
 //!   ng_enter        caught: -1, no output     put in order, passes
-//!   ng_call         plain frame               plain frame
 //!  Bar's code       exception ──┘             pthread_exit ──┘
 //! ```
 //!
