@@ -1,6 +1,7 @@
 //! The bridge in an ordinary process: records as the patcher would write them,
 //! around the real C library.
 
+mod call;
 mod dl;
 mod image;
 mod legacy;
