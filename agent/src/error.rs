@@ -36,6 +36,14 @@ pub enum AgentError {
         /// The functions that it may mean, with their engines.
         choices: Vec<String>,
     },
+    /// The way to the callee comes by one function twice.
+    #[error("the way {way}/{again} comes by {again} twice")]
+    Recursive {
+        /// The way so far.
+        way: String,
+        /// The function that is on it already.
+        again: String,
+    },
     /// The function is configured but nothing runs it.
     #[error("function {name} has no running worker")]
     NoWorkers {
@@ -187,6 +195,7 @@ impl AgentError {
             Self::BadRequest { .. } => "bad-request",
             Self::UnknownFunction { .. } => "unknown-function",
             Self::AmbiguousFunction { .. } => "ambiguous-function",
+            Self::Recursive { .. } => "recursive",
             Self::NoWorkers { .. } => "no-workers",
             Self::NotNative { .. } => "not-native",
             Self::Graft(error) => graft_code(error),
@@ -220,6 +229,9 @@ impl AgentError {
             Self::AmbiguousFunction { .. } => {
                 "say which one: name its engine with --engine PID, or spell its name exactly"
                     .to_owned()
+            }
+            Self::Recursive { .. } => {
+                "leave that call to the RPC, as it is without being fused".to_owned()
             }
             Self::NoWorkers { .. } => {
                 "send it a request or raise its minWorkers, then try again".to_owned()

@@ -10,11 +10,54 @@ const MAX_NEAR: usize = 3;
 /// Similarity (Jaro-Winkler, 0 to 1) from which a name counts as near.
 const NEAR: f64 = 0.75;
 
-/// Finds the caller and the callee, both of the same engine.
+/// What somebody asked for.
+#[derive(Debug, Clone)]
+pub struct Edge<'a> {
+    /// Whose workers are meant.
+    pub caller: &'a Function,
+    /// Whose code.
+    pub callee: &'a Function,
+    /// The callee's name as it is spelled in the workers; `Bar/Baz` where Baz
+    /// is meant as Bar calls it from inside the caller's workers.
+    pub name: String,
+}
+
+/// Finds the caller and the callee, both of the same engine. A callee
+/// `Bar/Baz` is Baz as it is called by a fused Bar.
 ///
 /// # Errors
-/// [`AgentError::UnknownFunction`] or [`AgentError::AmbiguousFunction`].
+/// [`AgentError::UnknownFunction`], [`AgentError::AmbiguousFunction`], or
+/// [`AgentError::Recursive`] for a way that comes by one function twice.
 pub fn edge<'a>(
+    node: &'a Node,
+    caller: &str,
+    callee: &str,
+    engine: Option<i32>,
+) -> Result<Edge<'a>, AgentError> {
+    let mut way = callee.split('/');
+    let (first, callee) = pair(node, caller, way.next().unwrap_or_default(), engine)?;
+    let mut edge = Edge {
+        caller: first,
+        callee,
+        name: callee.label(),
+    };
+    let mut seen = vec![first.label(), callee.label()];
+    for next in way {
+        let (_, callee) = pair(node, &edge.callee.label(), next, first.engine)?;
+        edge.callee = callee;
+        if seen.contains(&callee.label()) {
+            return Err(AgentError::Recursive {
+                way: edge.name,
+                again: callee.label(),
+            });
+        }
+        seen.push(callee.label());
+        edge.name = format!("{}/{}", edge.name, callee.label());
+    }
+    Ok(edge)
+}
+
+fn pair<'a>(
     node: &'a Node,
     caller: &str,
     callee: &str,
@@ -168,7 +211,7 @@ mod tests {
             function("Foo", 1, Some(9)),
             function("Bar", 2, Some(9)),
         ]);
-        let (caller, callee) = edge(&node, "foo", "BAR", None).unwrap();
+        let Edge { caller, callee, .. } = edge(&node, "foo", "BAR", None).unwrap();
         assert_eq!((caller.id, callee.id), (1, 2));
     }
 
@@ -180,6 +223,30 @@ mod tests {
             text(&edge(&node, "foo", "Foo", None).unwrap_err()),
             "\"foo\" means more than one function: Foo (engine not clear), FOO (engine not clear)"
         );
+    }
+
+    #[test]
+    fn a_way_is_spelled_as_the_workers_do_and_comes_by_nothing_twice() {
+        let node = node(vec![
+            function("Foo", 1, None),
+            function("Bar", 2, None),
+            function("Baz", 3, None),
+        ]);
+        let way = edge(&node, "foo", "bar/BAZ", None).unwrap();
+        assert_eq!(
+            (way.callee.label(), way.name.as_str()),
+            ("Baz".into(), "Bar/Baz")
+        );
+        for again in ["Bar/Foo", "Bar/Baz/bar", "Bar/Bar"] {
+            assert_eq!(
+                edge(&node, "Foo", again, None).unwrap_err().code(),
+                "recursive"
+            );
+        }
+        for unknown in ["Bar/", "/Bar", "Bar/Boz"] {
+            let error = edge(&node, "Foo", unknown, None).unwrap_err();
+            assert_eq!(error.code(), "unknown-function");
+        }
     }
 
     #[test]
@@ -214,7 +281,7 @@ mod tests {
             function("Bar", 2, Some(10)),
             function("Bar", 7, Some(20)),
         ]);
-        let (_, callee) = edge(&two, "Foo", "Bar", None).unwrap();
+        let Edge { callee, .. } = edge(&two, "Foo", "Bar", None).unwrap();
         assert_eq!(callee.engine, Some(10), "the one that Foo can call");
     }
 
@@ -233,7 +300,7 @@ mod tests {
             "\"foo\" means more than one function: Foo (engine 10), Foo (engine 20)"
         );
         assert_eq!(
-            edge(&node, "foo", "bar", Some(20)).unwrap().0.engine,
+            edge(&node, "foo", "bar", Some(20)).unwrap().caller.engine,
             Some(20)
         );
     }

@@ -61,6 +61,16 @@ refusals! {
         reason: String,
     } = "no-entry-window", "the entry of faas_func_call in {library} cannot be rewritten: {reason}",
         "compile the caller with other optimisation flags";
+    /// A call of the callee cannot be rewritten in place, and neither can the
+    /// entry of the worker's own routine, through which it would go instead.
+    NoRoutineWindow {
+        /// The worker's executable.
+        executable: String,
+        /// What is in the way.
+        reason: String,
+    } = "no-routine-window",
+        "not every call that may be for the callee can be rewritten, nor can the entry of invoke_func in {executable}: {reason}",
+        "pass the name as a string constant at the call, or use a func_worker_v1 compiled with other optimisation flags";
     /// Code of the caller could not be analysed.
     Analysis {
         /// The caller's library.
@@ -74,8 +84,16 @@ refusals! {
         executable: String,
         /// How many candidates there are.
         found: usize,
-    } = "no-invoke-routine", "{executable} has {found} symbols for FuncWorker::InvokeFuncWrapper where one is needed",
+    } = "no-invoke-routine", "{executable} has no symbol for FuncWorker::InvokeFuncWrapper, and {found} functions where one is needed that it may pass to faas_create_func_worker as invoke_func",
         "use a func_worker_v1 that is not stripped";
+    /// What should make the call is not fused itself.
+    NotFused {
+        /// The callee that would have to be.
+        callee: String,
+        /// The worker.
+        pid: i32,
+    } = "not-fused", "{callee} is not fused in worker {pid}, so nothing below it can be",
+        "patch that edge first";
     /// The callee's library lacks a function of the worker_v1 ABI.
     MissingExport {
         /// The callee's library.
@@ -112,11 +130,12 @@ refusals! {
         most: u64,
     } = "image-too-large", "{library} takes {bytes} bytes of memory where {most} is the limit",
         "allocate large buffers in faas_init instead of declaring them";
-    /// The callee has thread-local storage of its own.
+    /// The callee wants thread-local storage of its own at a fixed distance
+    /// from the thread pointer, where the threads have none left.
     Tls {
         /// The callee's library.
         library: String,
-    } = "tls", "{library} has thread-local storage of its own", "remove thread-local variables from the callee";
+    } = "tls", "{library} uses the initial-exec model for thread-local storage of its own", "compile it without -ftls-model=initial-exec (and -fPIC instead of -fPIE)";
     /// The callee wants its code changed by relocations.
     TextRelocations {
         /// The callee's library.
@@ -127,14 +146,16 @@ refusals! {
         /// The callee's library.
         library: String,
     } = "executable-stack", "{library} needs an executable stack", "link the callee with -z noexecstack";
-    /// The callee needs a library that its worker did not start with.
+    /// The callee needs a library that it cannot have in the caller's worker.
     Dependency {
         /// The callee's library.
         library: String,
         /// What it needs.
         needed: String,
-    } = "dependency", "{library} needs {needed}, which the worker itself does not load",
-        "link it statically into the callee";
+        /// Why it cannot be had.
+        reason: String,
+    } = "dependency", "{library} needs {needed}: {reason}",
+        "link it statically into the callee, or into the caller's worker as well";
     /// A library that caller and callee would share is not the same one.
     DifferentLibrary {
         /// The library.
@@ -169,7 +190,7 @@ refusals! {
         /// The import that shows it.
         symbol: String,
     } = "exceptions", "{library} imports {symbol}: it takes part in exceptions, and the worker's unwinder would not know its frames",
-        "build the callee with -fno-exceptions and without library calls that throw, or leave it as RPC";
+        "use a worker that has libgcc_s loaded (every C++ worker has), or build the callee with -fno-exceptions";
     /// Caller and callee use one hidden variable of the C library, in the
     /// middle of whose use the caller may be when it makes the call.
     SharedState {

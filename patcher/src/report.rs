@@ -74,6 +74,13 @@ pub struct GraftStatus {
     pub failure: Option<String>,
     /// Addresses of the sites in the worker.
     pub sites: Vec<u64>,
+    /// Whether the entry of the worker's own routine leads to it as well.
+    #[serde(default)]
+    pub routine: bool,
+    /// Return addresses of the calls that came through that entry, from sites
+    /// that are not rewritten.
+    #[serde(default)]
+    pub seen: Vec<u64>,
     /// Counters.
     pub counters: EdgeCounters,
 }
@@ -121,6 +128,11 @@ pub struct PatchReceipt {
     pub already: bool,
     /// The image was there from an earlier patch and was used again.
     pub image_reused: bool,
+    /// Calls that are known to reach the callee through the entry of the
+    /// worker's own routine, as their sites cannot be rewritten; `None` where
+    /// that entry is left alone.
+    #[serde(default)]
+    pub through_routine: Option<usize>,
     /// Windows written, read back.
     pub sites: Vec<SiteProof>,
     /// Nanoseconds of the stop in which the windows were written: from the

@@ -33,9 +33,12 @@ pub fn status(present: &Present, memory: &dyn Memory) -> Result<WorkerStatus, Sn
         .filter(|(_, g)| !g.replaced)
     {
         let sites: Vec<usize> = (0..manifest.windows.len())
-            .filter(|i| manifest.windows[*i].names.contains(&graft.callee))
+            .filter(|i| manifest.windows[*i].passed_by(graft.outermost()))
             .collect();
         let windows_in_place = !sites.is_empty() && sites.iter().all(|i| present.in_place(*i));
+        let routine = sites
+            .iter()
+            .any(|i| manifest.windows[*i].routine && present.in_place(*i));
         grafts.push(GraftStatus {
             callee: graft.callee.clone(),
             build_id: graft.build_id.clone(),
@@ -44,13 +47,19 @@ pub fn status(present: &Present, memory: &dyn Memory) -> Result<WorkerStatus, Sn
             state: match present.states[index] {
                 abi::STATE_ARMED => CalleeState::Armed,
                 abi::STATE_INITIALISING => CalleeState::Initialising,
-                abi::STATE_READY => CalleeState::Ready,
+                abi::STATE_READY | abi::STATE_INITIALISED => CalleeState::Ready,
                 _ => CalleeState::Failed,
             },
             failure: failure(graft, present.states[index], memory)?,
             sites: sites
                 .into_iter()
+                .filter(|i| !manifest.windows[*i].routine)
                 .map(|i| manifest.windows[i].address)
+                .collect(),
+            routine,
+            seen: present
+                .unresolved(graft)
+                .map(|call| call.seen.return_address)
                 .collect(),
             counters: counters(manifest, graft, &common, memory)?,
         });
@@ -95,6 +104,12 @@ fn failure(
                 nix::errno::Errno::from_raw(code)
             )
         }
+        abi::FAILURE_THREAD_KEY => format!(
+            "no thread key was left for its thread-local storage: {}",
+            nix::errno::Errno::from_raw(code)
+        ),
+        abi::FAILURE_MEMORY => "there was no memory for its thread-local storage".to_owned(),
+        abi::FAILURE_EXCEPTION => "an initialiser let an exception out".to_owned(),
         other => format!("failure {other} with code {code}"),
     }))
 }

@@ -24,6 +24,7 @@ fn a_patch_report_keeps_its_shape() {
                 pid: 11,
                 already: false,
                 image_reused: true,
+                through_routine: Some(1),
                 sites: Vec::new(),
                 commit_stop_ns: 88_000,
                 stops_ns: vec![20_000, 88_000],
@@ -48,7 +49,7 @@ fn a_patch_report_keeps_its_shape() {
                 "pid": 11, "pid_inside": 8, "container": null, "canary": true,
                 "outcome": { "outcome": "reverted", "why": "x" },
                 "receipt": {
-                    "pid": 11, "already": false, "image_reused": true, "sites": [],
+                    "pid": 11, "already": false, "image_reused": true, "through_routine": 1, "sites": [],
                     "commit_stop_ns": 88_000, "stops_ns": [20_000, 88_000], "disturbed": [],
                 },
                 "proof": {

@@ -188,7 +188,11 @@ pub fn explain(
     node: &Node,
     request: &EdgeRequest,
 ) -> Result<Explanation, AgentError> {
-    let (caller, callee) = select::edge(node, &request.caller, &request.callee, request.engine)
+    let select::Edge {
+        caller,
+        callee,
+        name,
+    } = select::edge(node, &request.caller, &request.callee, request.engine)
         .map_err(|error| context.explained(error))?;
     let callers = select::native_workers(caller)?;
     let callees = select::native_workers(callee)?;
@@ -196,7 +200,6 @@ pub fn explain(
     notes.extend(mixed_builds(context.grafter, caller, &callers));
     notes.extend(mixed_builds(context.grafter, callee, &callees));
     notes.extend(traced(&callers));
-    let name = callee.label();
     let mut last = None;
     for (caller_worker, caller_target) in &callers {
         for (callee_worker, callee_target) in newest_first(&callees) {

@@ -79,7 +79,7 @@ fn names<'a>(
     request: &EdgeRequest,
 ) -> Result<(&'a Function, String), AgentError> {
     let error = match select::edge(node, &request.caller, &request.callee, request.engine) {
-        Ok((caller, callee)) => return Ok((caller, callee.label())),
+        Ok(edge) => return Ok((edge.caller, edge.name)),
         Err(error) => context.explained(error),
     };
     if matches!(error, AgentError::Graft(_)) {

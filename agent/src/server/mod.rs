@@ -355,6 +355,7 @@ fn http_status(error: &AgentError) -> StatusCode {
             StatusCode::FORBIDDEN
         }
         AgentError::AmbiguousFunction { .. }
+        | AgentError::Recursive { .. }
         | AgentError::NoWorkers { .. }
         | AgentError::NotNative { .. }
         | AgentError::Graft(

@@ -122,6 +122,8 @@ pub(crate) fn graft(callee: &str, moment: Moment) -> GraftStatus {
         state: moment.state,
         failure: (moment.state == CalleeState::Failed).then(|| "faas_init returned 1".to_owned()),
         sites: vec![0x7f00_0000_1000],
+        routine: false,
+        seen: Vec::new(),
         counters: EdgeCounters {
             fused_calls: moment.fused,
             rpc: RpcReasons {
@@ -231,6 +233,7 @@ impl Grafter for FakeGrafter {
                 pid: caller.pid,
                 already,
                 image_reused: false,
+                through_routine: None,
                 sites: sites("90e8fb0f0000"),
                 commit_stop_ns: 88_000,
                 stops_ns: vec![20_000, 88_000],

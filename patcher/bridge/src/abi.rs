@@ -6,8 +6,10 @@
 //!  Control (memfd, shared with forked children; gates and counters only)
 //!    ├─ edges[i]  SharedEdge ◄────────────┐
 //!    └─ manifest slots A, B               │
-//!  Worker (private) ─ grafts[i] ─► Graft ─┘ (private; one per callee image)
+//!  Worker (private) ─ grafts[i] ─► Graft ─┘ (private; one per callee)
+//!                                    └─ modules[i] ─► Module (private; one per image)
 //!  Site (private; one per rewritten call) ─► inline cache ─► Graft
+//!  Routine (private; at invoke_func's entry) ─► Worker ─ names ─► Graft
 //! ```
 
 use core::cell::Cell;
@@ -16,7 +18,7 @@ use core::sync::atomic::{AtomicU8, AtomicU64};
 /// First bytes of a [`Control`] area.
 pub const MAGIC: [u8; 8] = *b"NGRAFT\0\x01";
 /// Version of every layout in this module; an agent refuses others.
-pub const BRIDGE_VERSION: u32 = 1;
+pub const BRIDGE_VERSION: u32 = 2;
 /// The memfd's name, as `/proc/PID/maps` shows it behind `/memfd:`.
 pub const CONTROL_NAME: &str = "nightgraft";
 /// Callees that one worker can hold.
@@ -37,6 +39,10 @@ pub const STATE_INITIALISING: u8 = 1;
 pub const STATE_READY: u8 = 2;
 /// [`Graft::state`]: initialisers failed ([`Graft::failure`] says how).
 pub const STATE_FAILED: u8 = 3;
+/// [`Graft::state`]: the initialisers are through; the worker's thread takes
+/// over what they left in their own thread at its next call, which makes the
+/// graft ready.
+pub const STATE_INITIALISED: u8 = 4;
 
 /// [`Graft::failure`]: the thread for the initialisers could not be started;
 /// the code is an errno.
@@ -47,6 +53,109 @@ pub const FAILURE_FAAS_INIT: u32 = 2;
 pub const FAILURE_FAAS_CREATE: u32 = 3;
 /// [`Graft::failure`]: sealing the RELRO pages failed; the code is an errno.
 pub const FAILURE_RELRO: u32 = 4;
+/// [`Graft::failure`]: no thread key was left; the code is an errno.
+pub const FAILURE_THREAD_KEY: u32 = 5;
+/// [`Graft::failure`]: there was no memory for the graft's thread-local
+/// storage or for lists of ours.
+pub const FAILURE_MEMORY: u32 = 6;
+/// [`Graft::failure`]: an initialiser let a C++ exception out.
+pub const FAILURE_EXCEPTION: u32 = 7;
+
+/// Functions of the worker's own libraries that the bridge calls, in the order
+/// of [`Worker::imports`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Import {
+    /// `pthread_create`.
+    PthreadCreate,
+    /// `pthread_detach`.
+    PthreadDetach,
+    /// `pthread_key_create`.
+    PthreadKeyCreate,
+    /// `pthread_getspecific`.
+    PthreadGetspecific,
+    /// `pthread_setspecific`.
+    PthreadSetspecific,
+    /// `malloc`.
+    Malloc,
+    /// `free`.
+    Free,
+    /// `__cxa_atexit`.
+    CxaAtexit,
+    /// `__cxa_thread_atexit_impl`.
+    ThreadAtexit,
+    /// `__tls_get_addr`.
+    TlsGetAddr,
+    /// `dl_iterate_phdr`.
+    DlIteratePhdr,
+    /// `dladdr`.
+    Dladdr,
+    /// `dladdr1`.
+    Dladdr1,
+    /// `dlopen`.
+    Dlopen,
+    /// `dlclose`.
+    Dlclose,
+    /// `dlsym`.
+    Dlsym,
+    /// `dlvsym`.
+    Dlvsym,
+    /// `dlerror`.
+    Dlerror,
+    /// `dlinfo`.
+    Dlinfo,
+    /// libgcc_s: `__register_frame`.
+    RegisterFrame,
+    /// libgcc_s: `_Unwind_Resume`.
+    UnwindResume,
+    /// libgcc_s: `_Unwind_SetGR`.
+    UnwindSetGr,
+    /// libgcc_s: `_Unwind_SetIP`.
+    UnwindSetIp,
+    /// libgcc_s: `_Unwind_GetIP`.
+    UnwindGetIp,
+    /// libgcc_s: `_Unwind_DeleteException`.
+    UnwindDeleteException,
+    /// libstdc++: `__cxa_begin_catch`.
+    CxaBeginCatch,
+    /// libstdc++: `__cxa_end_catch`.
+    CxaEndCatch,
+}
+
+/// Names of [`Import`]s, in their order. From `RegisterFrame` on they are 0 in
+/// a worker that has no such library; the ones before it are always there.
+pub const IMPORTS: [&str; 27] = [
+    "pthread_create",
+    "pthread_detach",
+    "pthread_key_create",
+    "pthread_getspecific",
+    "pthread_setspecific",
+    "malloc",
+    "free",
+    "__cxa_atexit",
+    "__cxa_thread_atexit_impl",
+    "__tls_get_addr",
+    "dl_iterate_phdr",
+    "dladdr",
+    "dladdr1",
+    "dlopen",
+    "dlclose",
+    "dlsym",
+    "dlvsym",
+    "dlerror",
+    "dlinfo",
+    "__register_frame",
+    "_Unwind_Resume",
+    "_Unwind_SetGR",
+    "_Unwind_SetIP",
+    "_Unwind_GetIP",
+    "_Unwind_DeleteException",
+    "__cxa_begin_catch",
+    "__cxa_end_catch",
+];
+
+/// Number of the [`IMPORTS`] that every worker has.
+pub const REQUIRED_IMPORTS: usize = Import::RegisterFrame as usize;
 
 /// Gate and counters of one edge, in shared memory.
 ///
@@ -88,6 +197,29 @@ pub struct SharedEdge {
 /// Of how many fused calls one is timed.
 pub const SAMPLE_EVERY: u64 = 1024;
 
+/// Entries of [`Control::seen`].
+pub const SEEN: usize = 128;
+/// Registers in [`Seen::registers`].
+pub const SEEN_REGISTERS: usize = 16;
+/// Entries of [`Worker::names`]: twice as many as there can be grafts.
+pub const NAME_SLOTS: usize = 2 * MAX_GRAFTS;
+
+/// Calls with one return address. Written by the worker's thread alone; the
+/// address last, once.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub struct Seen {
+    /// The return address, 0 for none yet.
+    pub address: AtomicU64,
+    /// Calls.
+    pub count: AtomicU64,
+    /// Bit `i` is set if a call meant the graft with [`Graft::index`] `i`.
+    pub grafts: AtomicU64,
+    /// The general registers at the first call, by their number in the
+    /// encoding, `rsp` as before the call: they tell what was called.
+    pub registers: [AtomicU64; SEEN_REGISTERS],
+}
+
 /// The area that the worker shares with its forked children, a memfd named
 /// [`CONTROL_NAME`]. It is how a new agent finds what is there.
 #[repr(C)]
@@ -111,6 +243,9 @@ pub struct Control {
     pub other_thread: AtomicU64,
     /// One per graft, by [`Graft::index`].
     pub edges: [SharedEdge; MAX_GRAFTS],
+    /// Calls of known callees that came through the entry of the worker's own
+    /// routine, by return address; a hash table.
+    pub seen: [Seen; SEEN],
     /// Each slot: length (u32 little-endian), CRC-32 of the text, the text.
     pub slots: [[u8; MANIFEST_SLOT]; 2],
 }
@@ -133,10 +268,15 @@ pub struct Worker {
     pub text_low: u64,
     /// See `text_low`.
     pub text_high: u64,
-    /// The C library's `pthread_create`.
-    pub pthread_create: u64,
-    /// The C library's `pthread_detach`.
-    pub pthread_detach: u64,
+    /// Functions of the worker's libraries, by [`Import`]; 0 where one is not
+    /// there.
+    pub imports: [u64; IMPORTS.len()],
+    /// `.eh_frame` of the bridge itself, zero-terminated.
+    pub eh_frame: u64,
+    /// 1 once `eh_frame` is registered; claimed by a compare-and-swap.
+    pub eh_frame_registered: AtomicU8,
+    /// Padding.
+    pub pad0: [u8; 7],
     /// The C library's `memcpy`; 0 until `memcpy_resolver` was asked, which
     /// is before any graft is ready.
     pub memcpy: Cell<u64>,
@@ -148,12 +288,36 @@ pub struct Worker {
     pub arena: crate::arena::Arena,
     /// Grafts in `grafts`; one byte, stored after the entry.
     pub count: AtomicU8,
-    /// Something lies in the arena: the hook in `faas_func_call` has work.
+    /// A fused call began since the last outermost entry: the hook in
+    /// `faas_func_call` has work.
     pub dirty: Cell<u8>,
     /// Padding.
     pub pad: [u8; 6],
+    /// The innermost graft whose call is active, 0 for none.
+    pub active: Cell<u64>,
+    /// Bytes of an XSAVE area for what TLS descriptors must keep; 0: the
+    /// processor or the system has no XSAVE (FXSAVE is used), or no graft was
+    /// initialised yet.
+    pub xsave_len: Cell<u64>,
     /// Addresses of [`Graft`]s.
     pub grafts: [u64; MAX_GRAFTS],
+    /// Hash table of the grafts' names: places in `grafts`, plus one; 0 for
+    /// none. Made by [`crate::names::fill`], stored while the worker is stopped.
+    pub names: [u8; NAME_SLOTS],
+    /// The displaced entry of `invoke_func`, which goes on behind our window
+    /// there; 0 while there has been none. Stays true when the window is gone.
+    pub resume: AtomicU64,
+}
+
+/// The window at the entry of `invoke_func`; private memory. Its stub carries
+/// the address.
+#[derive(Debug)]
+#[repr(C, align(16))]
+pub struct Routine {
+    /// Address of the [`Worker`].
+    pub worker: u64,
+    /// Where the RPC goes on: as [`Worker::resume`].
+    pub resume: u64,
 }
 
 /// A relocation whose value only the process knows.
@@ -178,7 +342,140 @@ pub struct Range {
     pub len: u64,
 }
 
-/// One callee's image in this worker; private memory.
+/// Thread-local storage of one image, as `PT_TLS` says.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct Tls {
+    /// Live address of the initial values.
+    pub image: u64,
+    /// Bytes of initial values.
+    pub file_size: u64,
+    /// Bytes of a block, the rest zero; 0 if the image has none.
+    pub mem_size: u64,
+    /// Alignment of a block, a power of two.
+    pub align: u64,
+    /// `PT_TLS`'s address modulo `align`: a block's address is the same.
+    pub skew: u64,
+    /// The block's place in a thread's table, below [`Graft::tls_count`].
+    pub index: u64,
+}
+
+/// What an image hands to `__tls_get_addr`, and the argument of a TLS
+/// descriptor.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct TlsIndex {
+    /// Address of the [`Module`], [`TLS_STATIC`], or one of the dynamic
+    /// linker's own module numbers (below 2^32).
+    pub module: u64,
+    /// Offset in the module's block; with [`TLS_STATIC`] from the thread
+    /// pointer.
+    pub offset: u64,
+}
+
+/// [`TlsIndex::module`]: the variable lies at a fixed distance from the thread
+/// pointer, in a library that the worker started with.
+pub const TLS_STATIC: u64 = 1 << 63;
+
+/// One image of a graft: the function's library or a private copy of what it
+/// depends on.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Module {
+    /// Address of its [`Graft`].
+    pub graft: u64,
+    /// Live address = address in the image + `bias` (wrapping).
+    pub bias: u64,
+    /// Live addresses.
+    pub range: Range,
+    /// Its path in the callee's container, NUL-terminated.
+    pub path: u64,
+    /// `DT_SONAME` or the path's last part, NUL-terminated.
+    pub soname: u64,
+    /// Program headers: live address of an array of `Elf64_Phdr`.
+    pub phdr: u64,
+    /// Number of program headers.
+    pub phnum: u64,
+    /// Live address of `PT_DYNAMIC`, 0 for none.
+    pub dynamic: u64,
+    /// Live address of `DT_SYMTAB`, `Elf64_Sym`s.
+    pub symbols: u64,
+    /// Number of symbols, the null symbol included.
+    pub symbol_count: u64,
+    /// Live address of `DT_STRTAB`.
+    pub strings: u64,
+    /// Live address of `DT_VERSYM`, 0 for none.
+    pub versions: u64,
+    /// Live address of `DT_VERDEF`, 0 for none.
+    pub version_definitions: u64,
+    /// Number of version definitions.
+    pub version_definition_count: u64,
+    /// `.eh_frame`, zero-terminated; 0 for none.
+    pub eh_frame: u64,
+    /// `[IfuncSlot]`.
+    pub ifuncs: u64,
+    /// Number of `ifuncs`.
+    pub ifunc_count: u64,
+    /// Made read-only once the slots are bound.
+    pub relro: Range,
+    /// Functions to call first, `[u64]`, in order (DT_INIT, DT_INIT_ARRAY).
+    pub inits: u64,
+    /// Number of `inits`.
+    pub init_count: u64,
+    /// Functions to call when the process exits, `[u64]`, in order
+    /// (DT_FINI_ARRAY from its end, DT_FINI).
+    pub finis: u64,
+    /// Number of `finis`.
+    pub fini_count: u64,
+    /// 1: not part of the function's own dependencies; it was loaded by
+    /// `dlopen` in the callee's worker, and is initialised by `dlopen` here.
+    pub on_demand: u64,
+    /// [`MODULE_INITIALISING`] from its first initialiser on,
+    /// [`MODULE_INITIALISED`] once they ran.
+    pub initialised: Cell<u64>,
+    /// Thread-local storage.
+    pub tls: Tls,
+    /// Its block on the worker's thread, 0 while that has none: the one that
+    /// is found without asking the C library.
+    pub home_block: Cell<u64>,
+    /// What `dladdr1` and `dlinfo` show of it; filled in by the bridge.
+    pub link_map: LinkMap,
+}
+
+/// The public head of a `struct link_map` (link.h). Ours are not linked: the
+/// dynamic linker's list is its own.
+#[derive(Debug)]
+#[repr(C)]
+pub struct LinkMap {
+    /// The bias.
+    pub addr: Cell<u64>,
+    /// The path.
+    pub name: Cell<u64>,
+    /// `PT_DYNAMIC`.
+    pub ld: Cell<u64>,
+    /// 0.
+    pub next: u64,
+    /// 0.
+    pub prev: u64,
+}
+
+/// [`Module::initialised`]: its initialisers run (or one of them failed).
+pub const MODULE_INITIALISING: u64 = 2;
+/// [`Module::initialised`]: its initialisers ran.
+pub const MODULE_INITIALISED: u64 = 1;
+
+/// One entry of the order in which `dlsym` looks for a symbol.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct ScopeEntry {
+    /// Address of a [`Module`] of the graft's, or 0.
+    pub module: u64,
+    /// Where `module` is 0: the path of a library of the worker's own, as the
+    /// worker names it, NUL-terminated.
+    pub path: u64,
+}
+
+/// One callee in this worker; private memory.
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub struct Graft {
@@ -199,12 +496,11 @@ pub struct Graft {
     pub starved: Cell<u8>,
     /// Padding.
     pub pad: u8,
-    /// MXCSR as the initialisers left it.
-    pub mxcsr: Cell<u32>,
-    /// x87 control word as the initialisers left it.
-    pub fpucw: Cell<u32>,
     /// Bytes of `scratch` that are not zero.
     pub scratch_used: Cell<u32>,
+    /// Floating-point modes as the initialisers left them: MXCSR, and in the
+    /// upper half the x87 control word.
+    pub modes: Cell<u64>,
     /// Where inputs go that are too long for `scratch`; 0 for nowhere yet.
     pub large: Cell<u64>,
     /// Bytes mapped at `large`.
@@ -223,19 +519,46 @@ pub struct Graft {
     pub faas_init: u64,
     /// The image's `faas_create_func_worker`.
     pub faas_create: u64,
-    /// `[IfuncSlot]`.
-    pub ifuncs: u64,
-    /// Number of `ifuncs`.
-    pub ifunc_count: u64,
-    /// Made read-only once the slots are bound.
-    pub relro: Range,
-    /// Functions to call first, `[u64]`, in order (DT_INIT, DT_INIT_ARRAY).
-    pub inits: u64,
-    /// Number of `inits`.
-    pub init_count: u64,
-    /// Given to `inits`: argument count of the callee's own worker.
+    /// Its images, `[Module]`: the function's library first, then what it
+    /// depends on, in the dynamic linker's order (breadth first), then those
+    /// that are loaded on demand.
+    pub modules: u64,
+    /// Number of `modules`.
+    pub module_count: u64,
+    /// Order of initialisation, `[u64]`: addresses of the modules that are not
+    /// on demand, each after what it depends on.
+    pub init_order: u64,
+    /// Number of `init_order`.
+    pub init_order_count: u64,
+    /// Where `dlsym` looks, in order: `[ScopeEntry]`.
+    pub scope: u64,
+    /// Number of `scope`.
+    pub scope_count: u64,
+    /// Modules that have thread-local storage.
+    pub tls_count: u64,
+    /// Thread key of what each thread has of the graft, plus one; 0 for none
+    /// yet.
+    pub tls_key: Cell<u64>,
+    /// Thread pointer of the thread that runs initialisers in `dlopen`, 0 when
+    /// none does.
+    pub opener: AtomicU64,
+    /// What the initialisers left to the worker's thread; 0 for nothing.
+    pub legacy: Cell<u64>,
+    /// Thread pointer of the thread that runs the initialisers, 0 when none.
+    pub initialiser: AtomicU64,
+    /// `.eh_frame` of the graft's stubs, zero-terminated; 0 for none.
+    pub stub_eh_frame: u64,
+    /// The [`Graft`] whose nested calls go here, 0 for the worker's function.
+    pub parent: u64,
+    /// The graft whose call is active around this one's, 0 for none.
+    pub outer: Cell<u64>,
+    /// Time-stamp counter at the running call's start, 0 if it is not timed.
+    pub started: Cell<u64>,
+    /// Floating-point modes of the running call's caller, as `modes`.
+    pub caller_modes: Cell<u64>,
+    /// Given to initialisers: argument count of the callee's own worker.
     pub argc: u64,
-    /// Given to `inits`: arguments of the callee's own worker.
+    /// Given to initialisers: arguments of the callee's own worker.
     pub argv: u64,
     /// Environment of the callee's own worker, `char **`; also the variable
     /// that `environ` means to the image.

@@ -1,20 +1,28 @@
 //! Where stubs arrive, in assembly: the RPC's six arguments must survive
 //! untouched until it is decided that the callee runs here.
 //!
+//! The callee is called from here: between its frames and the caller's there
+//! is none of Rust's, which may not be unwound ([`crate::unwind`]).
+//!
 //! On entry `r11` is the site record, `[rsp]` the call's original target and
 //! `[rsp+8]` the address that the call returns to; everything else is as the
 //! caller's code left it for the RPC.
 
 use core::arch::naked_asm;
+use core::cell::Cell;
+use core::mem::offset_of;
+
+use crate::abi::Graft;
 
 /// What [`ng_enter`] saves; the order is the stack's.
 #[derive(Debug)]
 #[repr(C)]
 pub struct Frame {
-    /// Address of the [`crate::abi::Site`].
-    pub site: u64,
+    /// Address of the [`crate::abi::Site`]; once the callee runs, of its
+    /// [`crate::abi::Graft`].
+    pub record: Cell<u64>,
     /// `rdi`: the caller's context.
-    pub context: u64,
+    pub context: Cell<u64>,
     /// `rsi`: the callee's name.
     pub name: u64,
     /// `rdx`: input.
@@ -31,14 +39,81 @@ pub struct Frame {
     pub r10: u64,
     /// The caller's frame pointer.
     pub rbp: u64,
-    /// The call's original target.
-    pub target: u64,
+    /// The call's original target; where the RPC goes.
+    pub target: Cell<u64>,
     /// The address that the call returns to.
     pub return_address: u64,
 }
 
-/// [`crate::call::ng_call`]: take the RPC.
-pub const TAKE_RPC: i64 = 1;
+/// An entry with this function to decide. The frame is whole where the callee
+/// is called, so that all entries share their landing pads.
+macro_rules! entry {
+    ($prepare:path) => {
+        naked_asm!(
+            ".cfi_startproc",
+            ".cfi_personality 0x1b, {personality}", // pcrel, sdata4
+            ".cfi_adjust_cfa_offset 8", // the target, pushed by the stub
+            "endbr64",
+            "push rbp", // rsp = 8 (mod 16): the return address, the target, rbp
+            ".cfi_adjust_cfa_offset 8",
+            ".cfi_rel_offset rbp, 0",
+            "mov rbp, rsp",
+            ".cfi_def_cfa_register rbp",
+            "push r10",
+            "push rax",
+            "push r9",
+            "push r8",
+            "push rcx",
+            "push rdx",
+            "push rsi",
+            "push rdi",
+            "push r11", // rsp = 0 (mod 16), and a whole Frame
+            "mov rdi, rsp",
+            "call {prepare}",
+            "test rax, rax",
+            "jz 2f",
+            "mov rdi, [rax + {handle}]",
+            "mov rsi, rdx",
+            "mov rdx, [rsp + {input_len}]",
+            "call [rax + {call}]",
+            "mov rdi, rsp",
+            "mov esi, eax",
+            "call {finish}",
+            "mov rsp, rbp",
+            "pop rbp",
+            ".cfi_remember_state",
+            ".cfi_def_cfa rsp, 16",
+            ".cfi_restore rbp",
+            "lea rsp, [rsp + 8]",
+            ".cfi_adjust_cfa_offset -8",
+            "ret",
+            "2:",
+            ".cfi_restore_state",
+            "pop r11",
+            "pop rdi",
+            "pop rsi",
+            "pop rdx",
+            "pop rcx",
+            "pop r8",
+            "pop r9",
+            "pop rax",
+            "pop r10",
+            "pop rbp",
+            ".cfi_def_cfa rsp, 16",
+            ".cfi_restore rbp",
+            "pop r11",
+            ".cfi_adjust_cfa_offset -8",
+            "jmp r11",
+            ".cfi_endproc",
+            personality = sym crate::unwind::enter_personality,
+            prepare = sym $prepare,
+            finish = sym crate::call::finish,
+            handle = const offset_of!(Graft, handle),
+            call = const offset_of!(Graft, call),
+            input_len = const offset_of!(Frame, input_len),
+        )
+    };
+}
 
 /// See the module.
 ///
@@ -47,55 +122,68 @@ pub const TAKE_RPC: i64 = 1;
 #[unsafe(naked)]
 #[cfg_attr(bridge_image, unsafe(no_mangle))]
 pub unsafe extern "C" fn ng_enter() {
+    entry!(crate::call::prepare);
+}
+
+/// The same for a call that a fused callee makes: `r11` is its graft, `[rsp]`
+/// room for the target.
+///
+/// # Safety
+/// Entered by [`crate::call::ng_invoke`] alone.
+#[unsafe(naked)]
+pub(crate) unsafe extern "C" fn ng_nested() {
+    entry!(crate::call::prepare_nested);
+}
+
+/// Where an exception ends that the callee let out: in [`ng_enter`]'s frame,
+/// with its frame pointer and the stack pointer at its [`Frame`].
+///
+/// # Safety
+/// Entered by the unwinder alone.
+#[unsafe(naked)]
+pub(crate) unsafe extern "C" fn landing_caught() {
     naked_asm!(
         ".cfi_startproc",
-    ".cfi_adjust_cfa_offset 8", // the target, pushed by the stub
+        ".cfi_def_cfa rbp, 24",
+        ".cfi_offset rbp, -24",
         "endbr64",
-        "push rbp", // rsp = 8 (mod 16): the return address, the target, rbp
-        ".cfi_adjust_cfa_offset 8",
-        ".cfi_rel_offset rbp, 0",
-        "mov rbp, rsp",
-        ".cfi_def_cfa_register rbp",
-        "push r10",
-        "push rax",
-        "push r9",
-        "push r8",
-        "push rcx",
-        "push rdx",
-        "push rsi",
-        "push rdi",
-        "push r11", // rsp = 0 (mod 16), and a whole Frame
         "mov rdi, rsp",
-        "call {call}",
-        "cmp rax, {rpc}",
-        "je 2f",
+        "mov rsi, rax",
+        "call {caught}",
         "mov rsp, rbp",
         "pop rbp",
-        ".cfi_remember_state",
         ".cfi_def_cfa rsp, 16",
         ".cfi_restore rbp",
         "lea rsp, [rsp + 8]",
         ".cfi_adjust_cfa_offset -8",
         "ret",
-        "2:",
-        ".cfi_restore_state",
-        "pop r11",
+        ".cfi_endproc",
+        caught = sym crate::call::caught,
+    );
+}
+
+/// Where forced unwinding comes through.
+///
+/// # Safety
+/// As for [`landing_caught`].
+#[unsafe(naked)]
+pub(crate) unsafe extern "C" fn landing_forced() {
+    naked_asm!(
+        ".cfi_startproc",
+        ".cfi_def_cfa rbp, 24",
+        ".cfi_offset rbp, -24",
+        "endbr64",
+        "mov rdi, rsp",
+        "push rax",
+        "push rax",
+        "call {abandoned}",
+        "call {resume}",
         "pop rdi",
-        "pop rsi",
-        "pop rdx",
-        "pop rcx",
-        "pop r8",
-        "pop r9",
-        "pop rax",
-        "pop r10",
-        "pop rbp",
-        ".cfi_def_cfa rsp, 16",
-        ".cfi_restore rbp",
-        "pop r11",
-        ".cfi_adjust_cfa_offset -8",
-        "jmp r11",
-    ".cfi_endproc",
-        call = sym crate::call::ng_call,
-        rpc = const TAKE_RPC,
+        "pop rdi",
+        "call rax",
+        "ud2", // it does not come back
+        ".cfi_endproc",
+        abandoned = sym crate::call::abandoned,
+        resume = sym crate::unwind::resume,
     );
 }

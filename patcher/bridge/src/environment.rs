@@ -2,18 +2,18 @@
 
 use core::ffi::c_char;
 
-use crate::abi::Graft;
+use crate::abi::{Graft, Module};
 
-/// `getenv` for an image. The patcher gives each image a three-instruction
-/// thunk that adds its graft as the second argument.
+/// `getenv` for an image; its thunk adds the image as the second argument.
 ///
 /// # Safety
-/// `name` is NUL-terminated and `graft` the image's own.
+/// `name` is NUL-terminated and `module` the image's own.
 #[cfg_attr(bridge_image, unsafe(no_mangle))]
-pub unsafe extern "C" fn ng_getenv(name: *const c_char, graft: *const Graft) -> *const c_char {
+pub unsafe extern "C" fn ng_getenv(name: *const c_char, module: *const Module) -> *const c_char {
     // SAFETY: the environment is a NULL-terminated array of strings that the
     // patcher wrote.
     unsafe {
+        let graft = (*module).graft as *const Graft;
         let mut entry = (*graft).environ as *const *const c_char;
         if entry.is_null() {
             return core::ptr::null();

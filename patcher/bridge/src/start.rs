@@ -3,71 +3,67 @@
 //! held by us. Until they are through, requests take the RPC.
 //!
 //! ```text
-//!  Armed ──first call──► Initialising ──► Ready
+//!  Armed ──first call──► Initialising ──► Initialised ──next call──► Ready
+//!                            │                 └─(no memory)─► Failed
 //!                            └──────────► Failed (gate off)
 //! ```
 
-use core::ffi::{c_char, c_int, c_void};
-use core::sync::atomic::Ordering::{Relaxed, Release};
+use core::arch::naked_asm;
+use core::ffi::c_void;
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use crate::abi::{
-    FAILURE_FAAS_CREATE, FAILURE_FAAS_INIT, FAILURE_RELRO, FAILURE_THREAD, Graft, IfuncSlot,
-    STATE_FAILED, STATE_INITIALISING, STATE_READY, SharedEdge, Worker,
+    FAILURE_EXCEPTION, FAILURE_FAAS_CREATE, FAILURE_FAAS_INIT, FAILURE_MEMORY, FAILURE_RELRO,
+    FAILURE_THREAD, Graft, IfuncSlot, MODULE_INITIALISED, MODULE_INITIALISING, Module, STATE_ARMED,
+    STATE_FAILED, STATE_INITIALISED, STATE_INITIALISING, STATE_READY, SharedEdge, Worker,
 };
-use crate::{call, sys};
+use crate::{call, exit, legacy, sys, tls, unwind};
 
-type PthreadCreate = unsafe extern "C" fn(
-    *mut u64,
-    *const c_void,
-    unsafe extern "C" fn(*mut c_void) -> *mut c_void,
-    *mut c_void,
-) -> c_int;
-type PthreadDetach = unsafe extern "C" fn(u64) -> c_int;
 type Resolver = unsafe extern "C" fn() -> u64;
-type Initialiser = unsafe extern "C" fn(c_int, *const *const c_char, *const *const c_char);
-type FaasInit = unsafe extern "C" fn() -> c_int;
-type FaasCreate = unsafe extern "C" fn(
-    *mut c_void,
-    unsafe extern "C" fn(
-        *mut c_void,
-        *const c_char,
-        *const u8,
-        usize,
-        *mut *const u8,
-        *mut usize,
-    ) -> c_int,
-    unsafe extern "C" fn(*mut c_void, *const u8, usize),
-    *mut *mut c_void,
-) -> c_int;
 
-/// Starts the thread.
+/// A step's outcome: else a `FAILURE_…` and the code that goes with it.
+type Outcome = Result<(), (u32, i32)>;
+
+/// What a call does about a graft that is not ready; true if it is now.
 ///
 /// # Safety
-/// On the worker's thread, in ordinary code, with the graft armed.
+/// On the worker's thread, in ordinary code.
 #[cold]
 #[inline(never)]
-pub unsafe fn begin(graft: &Graft, worker: &Worker) {
+pub unsafe fn advance(graft: &Graft, worker: &Worker) -> bool {
+    // SAFETY: as the caller promises; each state is left once.
+    unsafe {
+        match graft.state.load(Acquire) {
+            STATE_ARMED => begin(graft, worker),
+            STATE_INITIALISED => match legacy::adopt(graft, worker) {
+                Ok(()) => {
+                    graft.state.store(STATE_READY, Release);
+                    return true;
+                }
+                Err(failure) => fail(graft, failure),
+            },
+            _ => {}
+        }
+    }
+    false
+}
+
+/// Starts the thread.
+unsafe fn begin(graft: &Graft, worker: &Worker) {
     graft.state.store(STATE_INITIALISING, Release);
     let mut thread = 0_u64;
-    // SAFETY: the patcher resolved both in the worker's own C library.
+    // SAFETY: the graft outlives the thread.
     unsafe {
-        let create: PthreadCreate = core::mem::transmute(worker.pthread_create as usize);
-        let error = create(
-            &mut thread,
-            core::ptr::null(),
-            run,
-            core::ptr::from_ref(graft).cast_mut().cast(),
-        );
+        let argument = core::ptr::from_ref(graft).cast_mut().cast();
+        let error = worker.pthread_create(&mut thread, core::ptr::null(), run, argument);
         if error != 0 {
-            fail(graft, FAILURE_THREAD, error);
-            return;
+            return fail(graft, (FAILURE_THREAD, error));
         }
-        let detach: PthreadDetach = core::mem::transmute(worker.pthread_detach as usize);
-        detach(thread);
+        worker.pthread_detach(thread);
     }
 }
 
-fn fail(graft: &Graft, failure: u32, code: i32) {
+fn fail(graft: &Graft, (failure, code): (u32, i32)) {
     graft.failure.set(failure);
     graft.failure_code.set(code);
     // SAFETY: the patcher wrote the address.
@@ -79,6 +75,122 @@ fn fail(graft: &Graft, failure: u32, code: i32) {
     graft.state.store(STATE_FAILED, Release);
 }
 
+/// What [`guarded`] gives, in `rax` and `rdx`.
+#[repr(C)]
+struct Guarded {
+    result: i64,
+    /// Not 0: an exception came instead of a result.
+    threw: u64,
+}
+
+/// Calls `function` with the arguments, for `graft` if that is not null. An
+/// exception ends here; forced unwinding passes, and what it passes then is
+/// plain frames of ours, in which nothing runs any more.
+#[unsafe(naked)]
+unsafe extern "C" fn guarded(
+    function: u64,
+    first: u64,
+    second: u64,
+    third: u64,
+    fourth: u64,
+    graft: *const Graft,
+) -> Guarded {
+    naked_asm!(
+        ".cfi_startproc",
+        ".cfi_personality 0x1b, {personality}", // pcrel, sdata4
+        "endbr64",
+        "push rbp",
+        ".cfi_def_cfa_offset 16",
+        ".cfi_offset rbp, -16",
+        "mov rbp, rsp",
+        ".cfi_def_cfa_register rbp",
+        "push r9",
+        "push r9",
+        "mov rax, rdi",
+        "mov rdi, rsi",
+        "mov rsi, rdx",
+        "mov rdx, rcx",
+        "mov rcx, r8",
+        "call rax",
+        "cdqe",
+        "xor edx, edx",
+        "leave",
+        ".cfi_def_cfa rsp, 8",
+        ".cfi_restore rbp",
+        "ret",
+        ".cfi_endproc",
+        personality = sym unwind::guarded_personality,
+    );
+}
+
+/// Where an exception ends: in [`guarded`]'s frame.
+///
+/// # Safety
+/// Entered by the unwinder alone.
+#[unsafe(naked)]
+pub(crate) unsafe extern "C" fn landing_caught() {
+    naked_asm!(
+        ".cfi_startproc",
+        ".cfi_def_cfa rbp, 16",
+        ".cfi_offset rbp, -16",
+        "endbr64",
+        "mov rdi, rax",
+        "call {end}",
+        "mov edx, 1",
+        "leave",
+        ".cfi_def_cfa rsp, 8",
+        ".cfi_restore rbp",
+        "ret",
+        ".cfi_endproc",
+        end = sym unwind::end,
+    );
+}
+
+/// Where forced unwinding comes through: an initialiser ended its thread.
+///
+/// # Safety
+/// As for [`landing_caught`].
+#[unsafe(naked)]
+pub(crate) unsafe extern "C" fn landing_forced() {
+    naked_asm!(
+        ".cfi_startproc",
+        ".cfi_def_cfa rbp, 16",
+        ".cfi_offset rbp, -16",
+        "endbr64",
+        "mov rdi, [rbp - 8]",
+        "push rax",
+        "push rax",
+        "call {ended}",
+        "call {resume}",
+        "pop rdi",
+        "pop rdi",
+        "call rax",
+        "ud2", // it does not come back
+        ".cfi_endproc",
+        ended = sym ended,
+        resume = sym unwind::resume,
+    );
+}
+
+unsafe extern "C" fn ended(graft: *const Graft) {
+    if !graft.is_null() {
+        // SAFETY: this is the thread of its initialisers.
+        unsafe { finish(&*graft, Err((FAILURE_EXCEPTION, 0))) };
+    }
+}
+
+/// [`guarded`], on the initialisers' thread.
+unsafe fn checked(graft: &Graft, function: u64, arguments: [u64; 4]) -> Result<i32, (u32, i32)> {
+    let [first, second, third, fourth] = arguments;
+    // SAFETY: a function of the callee's, with its arguments.
+    let Guarded { result, threw } =
+        unsafe { guarded(function, first, second, third, fourth, graft) };
+    match threw {
+        0 => Ok(result as i32),
+        _ => Err((FAILURE_EXCEPTION, 0)),
+    }
+}
+
 /// The thread's routine.
 unsafe extern "C" fn run(graft: *mut c_void) -> *mut c_void {
     // SAFETY: `begin` passed the graft; while it is initialising no other
@@ -86,27 +198,101 @@ unsafe extern "C" fn run(graft: *mut c_void) -> *mut c_void {
     unsafe {
         let graft = &*(graft as *const Graft);
         let worker = &*(graft.worker as *const Worker);
-        initialise(graft, worker);
+        finish(graft, initialise(graft, worker));
     }
     core::ptr::null_mut()
 }
 
-unsafe fn initialise(graft: &Graft, worker: &Worker) {
+/// Takes off the thread what is not its own, and says how it went.
+unsafe fn finish(graft: &Graft, mut outcome: Outcome) {
+    // SAFETY: as for `run`.
+    unsafe {
+        if !legacy::leave(graft, &*(graft.worker as *const Worker)) && outcome.is_ok() {
+            outcome = Err((FAILURE_MEMORY, 0));
+        }
+    }
+    match outcome {
+        Ok(()) => graft.state.store(STATE_INITIALISED, Release),
+        Err(failure) => fail(graft, failure),
+    }
+}
+
+unsafe fn initialise(graft: &Graft, worker: &Worker) -> Outcome {
     // SAFETY: slots, functions and ranges were computed by the patcher for
-    // this image, and the order is the dynamic linker's own: relocations,
-    // RELRO, initialisers.
+    // these images, and the order is the dynamic linker's own: relocations,
+    // RELRO, thread-local storage, initialisers.
     unsafe {
         // A thread starts with its creator's modes, and the caller may have
         // changed its own.
-        sys::set_floating_point(sys::DEFAULT_MXCSR, sys::DEFAULT_FPUCW);
+        sys::set_modes(sys::DEFAULT_MODES);
+        // Two grafts may get ready at once: both store the same.
         if worker.memcpy_resolver != 0 {
-            // Two grafts may get ready at once: both store the same.
             let resolver: Resolver = core::mem::transmute(worker.memcpy_resolver as usize);
             worker.memcpy.set(resolver());
         }
-        let slots = graft.ifuncs as *const IfuncSlot;
+        worker.xsave_len.set(sys::xsave_len());
+        tls::create_key(graft, worker)?;
+        if !legacy::begin(graft, worker) {
+            return Err((FAILURE_MEMORY, 0));
+        }
+        unwind::register(graft, worker);
+        // Before the first constructor: exit handlers run last first, and
+        // what constructors register comes before what the linker's own
+        // finalisers do.
+        if !exit::register(graft, worker) {
+            return Err((FAILURE_MEMORY, 0));
+        }
+        // What an image depends on comes behind it: bound before it, as its
+        // own resolvers may call there.
+        let modules = graft.modules as *const Module;
+        let mut left = graft.module_count as usize;
+        while left > 0 {
+            left -= 1;
+            let error = bind(&*modules.add(left));
+            if error != 0 {
+                return Err((FAILURE_RELRO, error));
+            }
+        }
+        if !tls::make_all(graft) {
+            return Err((FAILURE_MEMORY, 0));
+        }
+        let order = graft.init_order as *const u64;
         let mut index = 0;
-        while index < graft.ifunc_count as usize {
+        while index < graft.init_order_count as usize {
+            if !construct(graft, &*(*order.add(index) as *const Module), graft) {
+                return Err((FAILURE_EXCEPTION, 0));
+            }
+            index += 1;
+        }
+        let code = checked(graft, graft.faas_init, [0; 4])?;
+        if code != 0 {
+            return Err((FAILURE_FAAS_INIT, code));
+        }
+        let mut handle = 0_u64;
+        let arguments = [
+            core::ptr::from_ref(graft) as u64,
+            call::ng_invoke as *const () as u64,
+            call::ng_append as *const () as u64,
+            &raw mut handle as u64,
+        ];
+        let code = checked(graft, graft.faas_create, arguments)?;
+        if code != 0 {
+            return Err((FAILURE_FAAS_CREATE, code));
+        }
+        graft.handle.set(handle);
+        graft.modes.set(sys::modes(false) & !sys::EXCEPTION_FLAGS);
+        Ok(())
+    }
+}
+
+/// Fills the slots whose values only the process knows and seals what RELRO
+/// covers; gives 0 or an errno.
+unsafe fn bind(module: &Module) -> i32 {
+    let slots = module.ifuncs as *const IfuncSlot;
+    let mut index = 0;
+    // SAFETY: the patcher computed slots, resolvers and range for this image.
+    unsafe {
+        while index < module.ifunc_count as usize {
             let IfuncSlot {
                 slot,
                 resolver,
@@ -116,39 +302,49 @@ unsafe fn initialise(graft: &Graft, worker: &Worker) {
             (slot as *mut u64).write_unaligned(resolver().wrapping_add(addend));
             index += 1;
         }
-        if graft.relro.len != 0 {
-            let error = sys::seal(graft.relro.start, graft.relro.len);
-            if error != 0 {
-                return fail(graft, FAILURE_RELRO, error);
-            }
+        match module.relro.len {
+            0 => 0,
+            len => sys::seal(module.relro.start, len),
         }
-        let inits = graft.inits as *const u64;
-        let mut index = 0;
-        while index < graft.init_count as usize {
-            let init: Initialiser = core::mem::transmute(*inits.add(index) as usize);
-            init(
-                graft.argc as c_int,
-                graft.argv as *const *const c_char,
-                graft.environ as *const *const c_char,
-            );
-            index += 1;
-        }
-        let faas_init: FaasInit = core::mem::transmute(graft.faas_init as usize);
-        let code = faas_init();
-        if code != 0 {
-            return fail(graft, FAILURE_FAAS_INIT, code);
-        }
-        let faas_create: FaasCreate = core::mem::transmute(graft.faas_create as usize);
-        let mut handle = core::ptr::null_mut();
-        let context = core::ptr::from_ref(graft).cast_mut().cast();
-        let code = faas_create(context, call::ng_invoke, call::ng_append, &mut handle);
-        if code != 0 {
-            return fail(graft, FAILURE_FAAS_CREATE, code);
-        }
-        graft.handle.set(handle as u64);
-        let (mxcsr, fpucw) = sys::floating_point(false);
-        graft.mxcsr.set(mxcsr & !0x3f);
-        graft.fpucw.set(u32::from(fpucw));
-        graft.state.store(STATE_READY, Release);
     }
+}
+
+/// Runs an image's initialisers, once; false if one of them let an exception
+/// out. `thread` is the graft on the thread of its initialisers, else null.
+///
+/// # Safety
+/// The module is bound, and is one of the graft's.
+pub(crate) unsafe fn construct(graft: &Graft, module: &Module, thread: *const Graft) -> bool {
+    if module.initialised.get() != 0 {
+        return true;
+    }
+    module.initialised.set(MODULE_INITIALISING);
+    // SAFETY: as the caller promises.
+    unsafe { run_initialisers(graft, module, thread) }
+}
+
+/// The same for a module that is marked [`MODULE_INITIALISING`] already.
+///
+/// # Safety
+/// As for [`construct`].
+pub(crate) unsafe fn run_initialisers(
+    graft: &Graft,
+    module: &Module,
+    thread: *const Graft,
+) -> bool {
+    let inits = module.inits as *const u64;
+    let mut index = 0;
+    while index < module.init_count as usize {
+        // SAFETY: the patcher computed the addresses for this image.
+        let threw = unsafe {
+            let init = *inits.add(index);
+            guarded(init, graft.argc, graft.argv, graft.environ, 0, thread).threw
+        };
+        if threw != 0 {
+            return false;
+        }
+        index += 1;
+    }
+    module.initialised.set(MODULE_INITIALISED);
+    true
 }

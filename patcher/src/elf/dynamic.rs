@@ -123,6 +123,18 @@ pub struct Dynamic {
     pub init: Option<u64>,
     /// `DT_INIT_ARRAY`: `(address, bytes)`.
     pub init_array: Option<(u64, u64)>,
+    /// `DT_FINI`.
+    pub fini: Option<u64>,
+    /// `DT_FINI_ARRAY`: `(address, bytes)`.
+    pub fini_array: Option<(u64, u64)>,
+    /// `DT_SYMTAB`.
+    pub symbol_table: Option<u64>,
+    /// `DT_STRTAB`.
+    pub string_table: Option<u64>,
+    /// `DT_VERSYM`.
+    pub symbol_versions: Option<u64>,
+    /// `DT_VERDEF` and its number of entries.
+    pub version_definitions: Option<(u64, u64)>,
     /// `DT_SYMBOLIC` or `DF_SYMBOLIC`.
     pub symbolic: bool,
     /// `DT_TEXTREL` or `DF_TEXTREL`.
@@ -169,6 +181,14 @@ pub(super) fn read(
         init_array: tag(elf::DT_INIT_ARRAY)
             .zip(tag(elf::DT_INIT_ARRAYSZ))
             .filter(|(_, len)| *len != 0),
+        fini: tag(elf::DT_FINI).filter(|a| *a != 0),
+        fini_array: tag(elf::DT_FINI_ARRAY)
+            .zip(tag(elf::DT_FINI_ARRAYSZ))
+            .filter(|(_, len)| *len != 0),
+        symbol_table: tag(elf::DT_SYMTAB),
+        string_table: tag(elf::DT_STRTAB),
+        symbol_versions: tag(elf::DT_VERSYM),
+        version_definitions: tag(elf::DT_VERDEF).zip(tag(elf::DT_VERDEFNUM)),
         symbolic: tags.contains_key(&elf::DT_SYMBOLIC) || flags & elf::DF_SYMBOLIC != 0,
         text_relocations: tags.contains_key(&elf::DT_TEXTREL) || flags & elf::DF_TEXTREL != 0,
         static_tls: flags & elf::DF_STATIC_TLS != 0,

@@ -15,6 +15,7 @@ mod read;
 mod symtab;
 #[cfg(test)]
 mod tests;
+mod unwind;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -80,6 +81,19 @@ impl Segment {
     }
 }
 
+/// The initial values of thread-local storage (`PT_TLS`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TlsSegment {
+    /// Virtual address in the image.
+    pub vaddr: u64,
+    /// Bytes that come from the file.
+    pub file_size: u64,
+    /// Bytes of a block; those behind `file_size` are zero. Not 0.
+    pub mem_size: u64,
+    /// Alignment of a block: a power of two.
+    pub align: u64,
+}
+
 /// A dynamic symbol.
 #[derive(Debug, Clone)]
 pub struct Symbol {
@@ -126,12 +140,18 @@ pub struct Image {
     pub segments: Vec<Segment>,
     /// `PT_GNU_RELRO`: `(vaddr, bytes)`.
     pub relro: Option<(u64, u64)>,
-    /// `PT_TLS` is present and not empty.
-    pub has_tls: bool,
+    /// `PT_TLS`, unless it is empty.
+    pub tls: Option<TlsSegment>,
+    /// `PT_GNU_EH_FRAME`'s address.
+    pub eh_frame_header: Option<u64>,
+    /// The program headers as they stand in the file, 56 bytes each.
+    pub program_headers: Vec<u8>,
     /// `PT_GNU_STACK` is absent or executable.
     pub executable_stack: bool,
     /// `PT_DYNAMIC`'s address.
     pub dynamic_vaddr: u64,
+    /// `PT_DYNAMIC`'s bytes.
+    pub dynamic_bytes: u64,
     /// What the dynamic section says.
     pub dynamic: Dynamic,
     /// Dynamic symbols, by index.
@@ -154,13 +174,15 @@ impl Image {
         let header = reader.header()?;
         let programs = reader.program_headers(&header)?;
         let mut segments = Vec::new();
-        let (mut relro, mut tls, mut stack, mut dynamic_range) = (None, false, None, None);
+        let (mut relro, mut tls, mut stack, mut dynamic_range) = (None, None, None, None);
+        let mut eh_frame_header = None;
         let (mut build_id, mut notes_left) = (None, Reader::NOTES);
         for p in &programs {
             match p.kind {
                 elf::PT_LOAD if p.segment.mem_size > 0 => segments.push(p.segment),
                 elf::PT_GNU_RELRO => relro = Some((p.segment.vaddr, p.segment.mem_size)),
-                elf::PT_TLS => tls |= p.segment.mem_size > 0,
+                elf::PT_TLS if p.segment.mem_size > 0 => tls = Some(read::tls(&p.segment)?),
+                elf::PT_GNU_EH_FRAME => eh_frame_header = Some(p.segment.vaddr),
                 elf::PT_GNU_STACK => stack = Some(p.segment.flags),
                 elf::PT_DYNAMIC => dynamic_range = Some((p.segment.vaddr, p.segment.file_size)),
                 elf::PT_NOTE if build_id.is_none() => {
@@ -194,9 +216,12 @@ impl Image {
             entry: header.entry,
             segments,
             relro,
-            has_tls: tls,
+            tls,
+            eh_frame_header,
+            program_headers: reader.program_header_bytes(&header)?.to_vec(),
             executable_stack: stack.is_none_or(|flags| flags & elf::PF_X != 0),
             dynamic_vaddr: dynamic_range.map_or(0, |(vaddr, _)| vaddr),
+            dynamic_bytes: dynamic_range.map_or(0, |(_, size)| size),
             dynamic,
             symbols,
             exports,

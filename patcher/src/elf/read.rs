@@ -2,7 +2,7 @@
 
 use super::constants as elf;
 
-use super::{ElfError, Segment};
+use super::{ElfError, Segment, TlsSegment};
 
 /// More segments than any linker makes. Addresses are looked up in them one
 /// by one.
@@ -108,14 +108,17 @@ impl<'a> Reader<'a> {
         })
     }
 
-    pub(super) fn program_headers(&self, header: &Header) -> Result<Vec<Program>, ElfError> {
-        let table = slice(
+    pub(super) fn program_header_bytes(&self, header: &Header) -> Result<&'a [u8], ElfError> {
+        slice(
             self.bytes,
             header.program_offset,
             u64::from(header.program_count) * 56,
             "program headers",
-        )?;
-        table
+        )
+    }
+
+    pub(super) fn program_headers(&self, header: &Header) -> Result<Vec<Program>, ElfError> {
+        self.program_header_bytes(header)?
             .chunks_exact(56)
             .map(|entry| {
                 Ok(Program {
@@ -173,6 +176,25 @@ pub(super) struct BuildId {
 impl Reader<'_> {
     /// How many notes of one file are looked at.
     pub(super) const NOTES: usize = MOST_NOTES;
+}
+
+/// Most bytes of thread-local storage of one image, and its largest alignment.
+const MOST_TLS: u64 = 64 << 20;
+
+pub(super) fn tls(s: &Segment) -> Result<TlsSegment, ElfError> {
+    let align = s.align.max(1);
+    if s.file_size > s.mem_size || s.mem_size > MOST_TLS || align > 1 << 16 {
+        return Err(broken("PT_TLS", s.mem_size));
+    }
+    if !align.is_power_of_two() {
+        return Err(broken("PT_TLS's alignment", align));
+    }
+    Ok(TlsSegment {
+        vaddr: s.vaddr,
+        file_size: s.file_size,
+        mem_size: s.mem_size,
+        align,
+    })
 }
 
 /// The segments lie in the file and in user space, ascend without overlap,

@@ -11,8 +11,11 @@
 //!
 //! What it leaves to others: where the base is (`plan`), writing (`apply`).
 
+mod closure;
+pub mod interpose;
 mod relocate;
 mod scope;
+mod unique;
 
 use serde::{Deserialize, Serialize};
 
@@ -20,12 +23,13 @@ use crate::elf::constants as c;
 use crate::elf::{Image, Segment};
 use crate::refused::Refused;
 
-pub use relocate::{Given, Loaded, LoadedSegment, relocate};
+pub use closure::private_libraries;
+pub use relocate::{Given, GivenTls, Loaded, LoadedSegment, Place, TlsSlot, relocate};
 use scope::Wanted;
-pub use scope::{Interposed, Scope};
+pub use scope::{PrivateImage, Scope, Searched, exported_by, unwinder};
 
-/// What an image's place is a multiple of.
-const PAGE: u64 = 4096;
+/// Largest alignment of an image: a huge page, as older linkers ask for.
+const MOST_ALIGNED: u64 = 2 << 20;
 /// Largest image that is loaded, in bytes of address space.
 pub const MOST_BYTES: u64 = 256 << 20;
 /// More initialisers than any image has.
@@ -58,10 +62,26 @@ pub enum Meaning {
     At(u64),
     /// Whatever the resolver at this live address gives.
     Resolver(u64),
-    /// An address in the image itself.
-    Own(u64),
-    /// A resolver in the image itself.
-    OwnResolver(u64),
+    /// An address in the image of this number.
+    Private(usize, u64),
+    /// A resolver in the image of this number.
+    PrivateResolver(usize, u64),
+}
+
+/// Where a thread-local variable is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TlsMeaning {
+    /// In the block of the image of this number.
+    Private {
+        /// The image.
+        image: usize,
+        /// Offset in its block.
+        offset: u64,
+    },
+    /// So far from the thread pointer (wrapping).
+    Static(u64),
+    /// A weak reference to nothing.
+    Nowhere,
 }
 
 /// Checks what can be told from the file alone.
@@ -75,9 +95,6 @@ pub fn check(library: &str, image: &Image) -> Result<(), Refused> {
             library,
             reason: "not a shared object".into(),
         });
-    }
-    if image.has_tls || image.dynamic.static_tls {
-        return Err(Refused::Tls { library });
     }
     if image.dynamic.text_relocations {
         return Err(Refused::TextRelocations { library });
@@ -95,7 +112,7 @@ pub fn check(library: &str, image: &Image) -> Result<(), Refused> {
             reason: "a segment is writable and executable".into(),
         });
     }
-    if image.alignment() > PAGE {
+    if image.alignment() > MOST_ALIGNED {
         return Err(Refused::Alignment {
             library,
             bytes: image.alignment(),
@@ -109,6 +126,15 @@ pub fn check(library: &str, image: &Image) -> Result<(), Refused> {
             most: MOST_BYTES,
         });
     }
+    Ok(())
+}
+
+/// Checks that the functions of the worker_v1 ABI are there.
+///
+/// # Errors
+/// The first that is not.
+pub fn check_exports(library: &str, image: &Image) -> Result<(), Refused> {
+    let library = library.to_owned();
     for name in EXPORTS {
         let symbol = name.to_owned();
         match exported(image, name) {

@@ -3,7 +3,10 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use super::{Ifunc, Interposed, MOST_BYTES, MOST_INITIALISERS, Meaning, Scope};
+use nightgraft_bridge::abi;
+
+use super::interpose::{self, Interposed};
+use super::{Ifunc, MOST_BYTES, MOST_INITIALISERS, Meaning, Scope, TlsMeaning};
 use crate::elf::Image;
 use crate::elf::constants as c;
 use crate::refused::Refused;
@@ -36,6 +39,11 @@ pub struct Loaded {
     pub relro: Option<(u64, u64)>,
     /// Initialisers in order, live addresses.
     pub inits: Vec<u64>,
+    /// What is called when the process exits, in order, live addresses.
+    pub finis: Vec<u64>,
+    /// Arguments of TLS descriptors, as they are to lie at
+    /// [`Given::tls_indices`].
+    pub tls_indices: Vec<TlsSlot>,
     /// Relocations applied, the bridge's among them.
     pub relocations: usize,
 }
@@ -48,6 +56,15 @@ impl Loaded {
             .iter()
             .position(|s| address >= s.start && end <= s.start + s.len)
             .map(|index| (index, (address - self.segments[index].start) as usize))
+    }
+
+    /// Stores a word that an image exports as a constant.
+    pub fn set_constant(&mut self, image: &Image, name: &str, value: u64) -> Option<()> {
+        let symbol = image.symbols.iter().find(|s| s.name == name)?;
+        let (index, at) = self.find(symbol.value.wrapping_add(self.bias), 8)?;
+        let bytes = self.segments[index].bytes.get_mut(at..at + 8)?;
+        bytes.copy_from_slice(&value.to_le_bytes());
+        Some(())
     }
 
     /// Word at a live address of the image.
@@ -85,30 +102,68 @@ impl Loaded {
     }
 }
 
-/// Where the image finds what we give it; live addresses.
-#[derive(Debug, Clone, Copy)]
-pub struct Given {
-    /// The image's `getenv` thunk.
-    pub getenv: u64,
-    /// The image's `environ` variable.
-    pub environ: u64,
+/// What `__tls_get_addr` is told: an [`abi::TlsIndex`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TlsSlot {
+    /// Address of the image's [`abi::Module`], or [`abi::TLS_STATIC`].
+    pub module: u64,
+    /// Offset in its block, or from the thread pointer.
+    pub offset: u64,
 }
 
-/// Puts `image` at `base` (the live address of its first page).
+/// What the bridge does for thread-local storage; live addresses.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct GivenTls {
+    /// `__tls_get_addr`.
+    pub get_addr: u64,
+    /// The TLS descriptor's function for a block that is made on demand.
+    pub dynamic: u64,
+    /// … for a fixed distance from the thread pointer.
+    pub fixed: u64,
+    /// … for a weak reference to nothing.
+    pub nowhere: u64,
+}
+
+/// Where an image finds what we give it; live addresses.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Given {
+    /// The image's thunks, in the order of [`interpose::FUNCTIONS`].
+    pub thunks: u64,
+    /// The graft's `environ` variable.
+    pub environ: u64,
+    /// The records ([`abi::Module`]) of all images.
+    pub modules: u64,
+    /// Where [`Loaded::tls_indices`] will lie.
+    pub tls_indices: u64,
+    /// Thread-local storage.
+    pub tls: GivenTls,
+}
+
+/// Which image is put where.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    /// The image's number among those of its scope.
+    pub number: usize,
+    /// Live address of the first page of each image of the scope.
+    pub bases: &'a [u64],
+}
+
+/// Puts `image` at its place.
 ///
 /// # Errors
 /// What a relocation wants cannot be had.
 pub fn relocate(
     library: &str,
     image: &Image,
-    base: u64,
+    place: Place<'_>,
     scope: Option<&Scope>,
-    given: Given,
+    given: &Given,
 ) -> Result<Loaded, Refused> {
     let broken = |reason: String| Refused::BrokenImage {
         library: library.to_owned(),
         reason,
     };
+    let base = place.bases[place.number];
     let span = image.high() - image.low();
     if span > MOST_BYTES {
         return Err(Refused::ImageTooLarge {
@@ -121,12 +176,18 @@ pub fn relocate(
         return Err(broken(format!("{base:#x} is no place for {span} bytes")));
     }
     let bias = base.wrapping_sub(image.low());
+    let bias_of = |number: usize| match scope {
+        Some(scope) => place.bases[number].wrapping_sub(scope.images()[number].image.low()),
+        None => bias,
+    };
     let mut loaded = Loaded {
         bias,
         segments: segments(library, image, bias)?,
         ifuncs: Vec::new(),
         relro: None,
         inits: Vec::new(),
+        finis: Vec::new(),
+        tls_indices: Vec::new(),
         relocations: 0,
     };
     if let Some(range) = image.relro {
@@ -153,7 +214,7 @@ pub fn relocate(
         let look_up = || -> Result<Meaning, Refused> {
             if entry.symbol == 0 {
                 // As in ld.so: a local symbol at the image's address 0.
-                return Ok(Meaning::Own(0));
+                return Ok(Meaning::Private(place.number, 0));
             }
             let Some(scope) = scope else {
                 // The bridge: it has no imports.
@@ -161,12 +222,17 @@ pub fn relocate(
                     .symbols
                     .get(entry.symbol as usize)
                     .filter(|s| !s.undefined());
-                return own.map(|s| Meaning::Own(s.value)).ok_or_else(unsupported);
+                return own
+                    .map(|s| Meaning::Private(0, s.value))
+                    .ok_or_else(unsupported);
             };
-            match scope.interposed(entry.symbol) {
-                Some(Interposed::Getenv) => Ok(Meaning::At(given.getenv)),
+            match scope.interposed(place.number, entry.symbol) {
+                Some(Interposed::Function(index)) => Ok(Meaning::At(
+                    given.thunks + (index * interpose::THUNK) as u64,
+                )),
                 Some(Interposed::Environ) => Ok(Meaning::At(given.environ)),
-                None => scope.meaning(entry.symbol, jump_slot),
+                Some(Interposed::TlsGetAddr) => Ok(Meaning::At(given.tls.get_addr)),
+                None => scope.meaning(place.number, entry.symbol, jump_slot),
             }
         };
         let mut meaning = || match meanings.entry((entry.symbol, jump_slot)) {
@@ -175,44 +241,57 @@ pub fn relocate(
         };
         let (meaning, addend, relative_to_place) = match entry.kind {
             c::R_X86_64_NONE => continue,
-            c::R_X86_64_RELATIVE => (Meaning::Own(0), addend, false),
+            c::R_X86_64_RELATIVE => (Meaning::Private(place.number, 0), addend, false),
             c::R_X86_64_GLOB_DAT | c::R_X86_64_JUMP_SLOT => (meaning()?, 0, false),
             c::R_X86_64_64 => (meaning()?, addend, false),
-            c::R_X86_64_IRELATIVE => (Meaning::OwnResolver(addend), 0, false),
+            c::R_X86_64_IRELATIVE => (Meaning::PrivateResolver(place.number, addend), 0, false),
             c::R_X86_64_PC64 => (meaning()?, addend, true),
+            c::R_X86_64_SIZE64 => {
+                let scope = scope.ok_or_else(unsupported)?;
+                (
+                    Meaning::At(scope.size(place.number, entry.symbol)?),
+                    addend,
+                    false,
+                )
+            }
             c::R_X86_64_DTPMOD64
             | c::R_X86_64_DTPOFF64
             | c::R_X86_64_TPOFF64
             | c::R_X86_64_TLSDESC => {
-                return Err(Refused::Tls {
-                    library: library.to_owned(),
-                });
+                let scope = scope.ok_or_else(unsupported)?;
+                let meaning = scope.tls(place.number, entry.symbol)?;
+                let words = tls_words(library, entry.kind, meaning, addend, given, &mut loaded)
+                    .ok_or_else(unsupported)??;
+                for (index, word) in words.iter().enumerate() {
+                    loaded
+                        .patch(at.wrapping_add(index as u64 * 8), &word.to_le_bytes())
+                        .ok_or_else(unsupported)?;
+                }
+                loaded.relocations += 1;
+                continue;
             }
             _ => return Err(unsupported()),
         };
+        let resolver = match meaning {
+            Meaning::Resolver(resolver) => Some(resolver),
+            Meaning::PrivateResolver(image, vaddr) => Some(vaddr.wrapping_add(bias_of(image))),
+            _ => None,
+        };
         let value = match meaning {
             Meaning::At(value) => value,
-            Meaning::Own(vaddr) => vaddr.wrapping_add(bias),
-            Meaning::Resolver(_) | Meaning::OwnResolver(_) if relative_to_place => {
+            Meaning::Private(image, vaddr) => vaddr.wrapping_add(bias_of(image)),
+            Meaning::Resolver(_) | Meaning::PrivateResolver(..) => 0,
+        };
+        if let Some(resolver) = resolver {
+            if relative_to_place {
                 return Err(unsupported());
             }
-            Meaning::Resolver(resolver) => {
-                loaded.ifuncs.push(Ifunc {
-                    slot: at,
-                    resolver,
-                    addend,
-                });
-                0
-            }
-            Meaning::OwnResolver(vaddr) => {
-                loaded.ifuncs.push(Ifunc {
-                    slot: at,
-                    resolver: vaddr.wrapping_add(bias),
-                    addend,
-                });
-                0
-            }
-        };
+            loaded.ifuncs.push(Ifunc {
+                slot: at,
+                resolver,
+                addend,
+            });
+        }
         let value = value
             .wrapping_add(addend)
             .wrapping_sub(if relative_to_place { at } else { 0 });
@@ -221,27 +300,84 @@ pub fn relocate(
             .ok_or_else(unsupported)?;
         loaded.relocations += 1;
     }
-    // Bound once the plain relocations are: as in ld.so, a resolver may use
-    // the image's own data.
     if let Some(init) = image.dynamic.init {
         loaded.inits.push(init.wrapping_add(bias));
     }
-    if let Some((array, len)) = image.dynamic.init_array {
-        if len / 8 > MOST_INITIALISERS {
-            return Err(broken(format!("DT_INIT_ARRAY has {} entries", len / 8)));
-        }
-        for index in 0..len / 8 {
-            let slot = array.wrapping_add(bias).wrapping_add(index * 8);
-            let function = loaded
-                .word(slot)
-                .ok_or_else(|| broken(format!("DT_INIT_ARRAY at {array:#x}")))?;
-            // ld.so skips neither; 0 and -1 are left-overs of old toolchains.
-            if function != 0 && function != u64::MAX {
-                loaded.inits.push(function);
-            }
+    loaded
+        .inits
+        .extend(functions(&loaded, image.dynamic.init_array, "DT_INIT_ARRAY").map_err(broken)?);
+    let mut finis =
+        functions(&loaded, image.dynamic.fini_array, "DT_FINI_ARRAY").map_err(broken)?;
+    finis.reverse();
+    finis.extend(image.dynamic.fini.map(|fini| fini.wrapping_add(bias)));
+    loaded.finis = finis;
+    Ok(loaded)
+}
+
+/// The functions in an array of them.
+fn functions(loaded: &Loaded, array: Option<(u64, u64)>, what: &str) -> Result<Vec<u64>, String> {
+    let Some((array, len)) = array else {
+        return Ok(Vec::new());
+    };
+    if len / 8 > MOST_INITIALISERS {
+        return Err(format!("{what} has {} entries", len / 8));
+    }
+    let mut functions = Vec::new();
+    for index in 0..len / 8 {
+        let slot = array.wrapping_add(loaded.bias).wrapping_add(index * 8);
+        let function = loaded
+            .word(slot)
+            .ok_or_else(|| format!("{what} at {array:#x}"))?;
+        // ld.so skips neither; 0 and -1 are left-overs of old toolchains.
+        if function != 0 && function != u64::MAX {
+            functions.push(function);
         }
     }
-    Ok(loaded)
+    Ok(functions)
+}
+
+/// The words that a relocation for thread-local storage stores; `None` for a
+/// kind that its meaning does not go with.
+fn tls_words(
+    library: &str,
+    kind: u32,
+    meaning: TlsMeaning,
+    addend: u64,
+    given: &Given,
+    loaded: &mut Loaded,
+) -> Option<Result<Vec<u64>, Refused>> {
+    let slot = |image: usize, offset: u64| TlsSlot {
+        module: interpose::module_at(given.modules, image),
+        offset: offset.wrapping_add(addend),
+    };
+    let words = match (kind, meaning) {
+        (c::R_X86_64_DTPMOD64, TlsMeaning::Private { image, .. }) => vec![slot(image, 0).module],
+        (c::R_X86_64_DTPMOD64, TlsMeaning::Static(_)) => vec![abi::TLS_STATIC],
+        (c::R_X86_64_DTPOFF64, TlsMeaning::Private { image, offset }) => {
+            vec![slot(image, offset).offset]
+        }
+        (c::R_X86_64_DTPOFF64 | c::R_X86_64_TPOFF64, TlsMeaning::Static(offset)) => {
+            vec![offset.wrapping_add(addend)]
+        }
+        (c::R_X86_64_TPOFF64, TlsMeaning::Private { .. }) => {
+            return Some(Err(Refused::Tls {
+                library: library.to_owned(),
+            }));
+        }
+        // As in ld.so: a reference to nothing is not touched.
+        (c::R_X86_64_DTPMOD64 | c::R_X86_64_DTPOFF64, TlsMeaning::Nowhere) => Vec::new(),
+        (c::R_X86_64_TLSDESC, TlsMeaning::Private { image, offset }) => {
+            let at = given.tls_indices + (loaded.tls_indices.len() * size_of::<TlsSlot>()) as u64;
+            loaded.tls_indices.push(slot(image, offset));
+            vec![given.tls.dynamic, at]
+        }
+        (c::R_X86_64_TLSDESC, TlsMeaning::Static(offset)) => {
+            vec![given.tls.fixed, offset.wrapping_add(addend)]
+        }
+        (c::R_X86_64_TLSDESC, TlsMeaning::Nowhere) => vec![given.tls.nowhere, addend],
+        _ => return None,
+    };
+    Some(Ok(words))
 }
 
 fn segments(library: &str, image: &Image, bias: u64) -> Result<Vec<LoadedSegment>, Refused> {

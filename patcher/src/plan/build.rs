@@ -5,9 +5,10 @@ use std::mem::offset_of;
 
 use nightgraft_bridge::abi;
 
+use super::dynamic;
 use super::fresh::fresh;
 use super::{PatchPlan, Store, Unfused};
-use crate::code::{self, CodeMap, Site, Window};
+use crate::code::{self, CodeMap, Live, Site, Window};
 use crate::effects::effects;
 use crate::elf::{Image, hex};
 use crate::load;
@@ -24,7 +25,8 @@ pub struct Input<'a> {
     pub code: &'a CodeMap,
     /// A worker of the callee's.
     pub callee: &'a Worker,
-    /// The callee's name, as the caller's code passes it.
+    /// The callee's name, as the caller's code passes it; `Bar/Baz` for what
+    /// Bar calls where it is fused already.
     pub name: &'a str,
     /// What the caller's worker holds.
     pub present: Option<&'a Present>,
@@ -32,6 +34,10 @@ pub struct Input<'a> {
     pub bridge: &'a Image,
     /// Bytes left below the worker's memory limit, where there is one.
     pub memory_room: Option<u64>,
+    /// The caller's worker's own `invoke_func`, live, or why it is not known.
+    pub invoke: &'a Result<u64, Refused>,
+    /// The caller's worker, as it is now.
+    pub live: &'a dyn Live,
 }
 
 /// Plans the patch.
@@ -41,7 +47,12 @@ pub struct Input<'a> {
 pub fn plan(input: &Input<'_>) -> Result<PatchPlan, Refused> {
     let callee = input.callee.function();
     load::check(&callee.path, &callee.image)?;
-    let sites = usable_sites(input)?;
+    load::check_exports(&callee.path, &callee.image)?;
+    let parent = parent(input)?;
+    let sites = match parent {
+        0 => usable_sites(input)?,
+        _ => Sites::default(),
+    };
     let entry = input
         .code
         .entry_window("faas_func_call")
@@ -51,19 +62,40 @@ pub fn plan(input: &Input<'_>) -> Result<PatchPlan, Refused> {
         })?;
     refuse_reentry(input.caller.function())?;
     let build_id = identity(&callee.image);
+    let dependencies = dependencies(input.callee)?;
     let reused = input.present.and_then(|present| {
         let index = present
             .manifest
             .grafts
             .iter()
             .position(|g| !g.replaced && g.callee == input.name)?;
-        (present.manifest.grafts[index].build_id == build_id && !present.failed(index))
-            .then_some(index)
+        let graft = &present.manifest.grafts[index];
+        let same = graft.build_id == build_id
+            && graft.dependencies == dependencies
+            && graft.parent == parent;
+        (same && !present.failed(index)).then_some(index)
     });
-    match (input.present, reused) {
-        (Some(present), Some(index)) => again(input, present, index, &sites),
-        _ => fresh(input, &sites, &entry, build_id),
-    }
+    let mut plan = match (input.present, reused) {
+        (Some(present), Some(index)) => again(input, present, index, &sites)?,
+        _ => fresh(input, &sites, &entry, build_id)?,
+    };
+    dynamic::complete(input, &sites, &mut plan)?;
+    Ok(plan)
+}
+
+/// The graft whose calls are meant, live; 0 for the worker's own function.
+pub(super) fn parent(input: &Input<'_>) -> Result<u64, Refused> {
+    let Some((above, _)) = input.name.rsplit_once('/') else {
+        return Ok(0);
+    };
+    let manifest = input.present.map(|present| &present.manifest);
+    let graft = manifest.and_then(|manifest| manifest.graft(above));
+    graft
+        .map(|graft| graft.graft)
+        .ok_or_else(|| Refused::NotFused {
+            callee: above.to_owned(),
+            pid: input.caller.pid,
+        })
 }
 
 /// A library that reaches its own `faas_func_call` through a relocation (its
@@ -90,6 +122,7 @@ fn refuse_reentry(library: &Module) -> Result<(), Refused> {
     Ok(())
 }
 
+#[derive(Default)]
 pub(super) struct Sites {
     pub(super) usable: Vec<(Site, Window)>,
     pub(super) unfused: Vec<Unfused>,
@@ -101,12 +134,10 @@ fn usable_sites(input: &Input<'_>) -> Result<Sites, Refused> {
         usable: Vec::new(),
         unfused: Vec::new(),
     };
-    let mut first = None;
     for site in input.code.sites(input.name) {
         match &site.window {
             Ok(window) => sites.usable.push((site.clone(), window.clone())),
             Err(reason) => {
-                first.get_or_insert((site.at.0, reason.to_string()));
                 sites.unfused.push(Unfused {
                     at: site.at.0.wrapping_add(library.bias),
                     reason: reason.to_string(),
@@ -114,18 +145,18 @@ fn usable_sites(input: &Input<'_>) -> Result<Sites, Refused> {
             }
         }
     }
-    match (sites.usable.is_empty(), first) {
-        (false, _) => Ok(sites),
-        (true, Some((at, reason))) => Err(Refused::NoWindow {
-            library: library.path.clone(),
-            at,
-            reason,
-        }),
-        (true, None) => Err(Refused::NoSite {
+    // A worker that has the callee already has shown that it is called.
+    let known = input
+        .present
+        .is_some_and(|p| p.manifest.graft(input.name).is_some());
+    let none = sites.usable.is_empty() && sites.unfused.is_empty();
+    if none && !known && !input.code.may_pass_other_names() {
+        return Err(Refused::NoSite {
             library: library.path.clone(),
             callee: input.name.into(),
-        }),
+        });
     }
+    Ok(sites)
 }
 
 /// The build-id, or where there is none a digest of the file.
@@ -138,6 +169,17 @@ fn identity(image: &Image) -> String {
             image.bytes.len()
         ),
     }
+}
+
+/// A digest of what the function has copies of besides its own library; empty
+/// for none.
+pub(super) fn dependencies(callee: &Worker) -> Result<String, Refused> {
+    let private = load::private_libraries(callee)?;
+    if private.is_empty() {
+        return Ok(String::new());
+    }
+    let all: Vec<String> = private.iter().map(|m| identity(&m.image)).collect();
+    Ok(format!("{:08x}", crc32fast::hash(all.join(" ").as_bytes())))
 }
 
 /// The image is there: open the gate and put back the windows. The stores are
@@ -154,9 +196,7 @@ fn again(
         .windows
         .iter()
         .enumerate()
-        .filter(|(i, w)| {
-            !present.in_place(*i) && (w.entry || w.names.iter().any(|n| n == input.name))
-        })
+        .filter(|(i, w)| !present.in_place(*i) && (w.serves_all() || w.passed_by(input.name)))
         .map(|(_, w)| w.clone())
         .collect();
     // The gate is stored after everything else that is not a window.
@@ -235,11 +275,14 @@ pub(super) fn base(input: &Input<'_>, manifest: Manifest) -> PatchPlan {
         build_id: String::new(),
         already: false,
         mapping: None,
+        islands: Vec::new(),
         relocations: (0, 0),
+        libraries: Vec::new(),
         initialisers: 0,
         stores: Vec::new(),
         windows: Vec::new(),
         unfused: Vec::new(),
+        through_routine: Vec::new(),
         gate: 0,
         effects: effects(&input.callee.function().image),
         manifest,

@@ -2,7 +2,7 @@
 //! stubs, the windows and the record.
 //!
 //! ```text
-//!  stubs │ bridge (first patch only) │ guard │ image │ guard │ records │ control (first patch only)
+//!  stubs │ bridge (first patch only) │ guard │ image │ guard │ image … │ guard │ records │ control (first patch only)
 //! ```
 //!
 //! One reservation near the caller's library holds all of it. What depends on
@@ -13,20 +13,23 @@ use std::mem::offset_of;
 
 use nightgraft_bridge::abi;
 
-use super::build::{Input, Sites, base, in_order, other_slot, stores};
+use super::build::{
+    Input, Sites, base, dependencies, in_order, other_slot, parent, stores as stores_of,
+};
+use super::images::{self, Records};
 use super::layout::{self, Area, GraftFields, WorkerFields};
-use super::{Access, Mapping, Part, PatchPlan, modes, placement};
-use crate::code::{Site, Tail, Window, WindowKind};
-use crate::load::{self, Given, Loaded, Meaning, Scope};
+use super::unwind::{self, StubFrame};
+use super::{Access, Mapping, Part, PatchPlan, Store, modes, placement};
+use crate::code::{Site, Stub, Tail, Window, WindowKind};
+use crate::load::interpose::{self, module_at};
+use crate::load::{self, Given, GivenTls, Loaded, Meaning, Place, Scope};
 use crate::manifest::{BridgeAddresses, GraftRecord, Manifest, Region, WindowRecord};
 use crate::refused::Refused;
-use crate::snapshot::{Worker, invoke_routines};
+use crate::snapshot::Worker;
 
 const PAGE: u64 = 4096;
 /// Room for one stub; the longest displaced code is far shorter.
 const STUB: u64 = 512;
-/// Room for an image's `getenv` thunk.
-const THUNK: u64 = 32;
 /// Outputs and copies of inputs may take so many bytes in a worker before
 /// calls take the RPC; half of what its memory limit leaves if that is less.
 const ARENA_BUDGET: u64 = 256 << 20;
@@ -42,6 +45,9 @@ struct Places {
     reservation: Region,
     stubs: Region,
     bridge: u64,
+    /// First pages of the images.
+    images: Vec<u64>,
+    /// All of them, with what lies between.
     image: Region,
     data: u64,
     control: Option<Region>,
@@ -55,8 +61,7 @@ pub(super) fn fresh(
 ) -> Result<PatchPlan, Refused> {
     let present = input.present;
     let caller = input.caller.function();
-    let callee = input.callee.function();
-    let invoke = invoke_routine(input.caller)?;
+    let invoke = input.invoke.clone()?;
     let index = present.map_or(0, |p| p.manifest.grafts.len());
     if index >= abi::MAX_GRAFTS {
         return Err(Refused::TooManyGrafts {
@@ -64,6 +69,9 @@ pub(super) fn fresh(
         });
     }
     let scope = Scope::new(input.caller, input.callee)?;
+    for image in scope.images() {
+        load::check(&image.path, &image.image)?;
+    }
 
     // The data's size does not depend on its address: build it twice, the
     // first time at a made-up place, to know how much room to look for.
@@ -97,9 +105,10 @@ pub(super) fn fresh(
             len: draft.stub_len(),
         },
         bridge: PAGE,
+        images: vec![PAGE; scope.images().len()],
         image: Region {
             start: PAGE,
-            len: callee.image.high() - callee.image.low(),
+            len: PAGE,
         },
         data: PAGE,
         control: None,
@@ -111,7 +120,6 @@ pub(super) fn fresh(
 
 fn place(input: &Input<'_>, draft: &Draft<'_>, data_len: u64) -> Result<Places, Refused> {
     let caller = input.caller.function();
-    let image = &input.callee.function().image;
     let mut at = 0_u64;
     let mut take = |len: u64| {
         let start = at;
@@ -123,10 +131,15 @@ fn place(input: &Input<'_>, draft: &Draft<'_>, data_len: u64) -> Result<Places, 
         Some(_) => (0, 0),
         None => take(input.bridge.high() - input.bridge.low()),
     };
-    // A page on either side that the image can run into without harm.
-    take(PAGE);
-    let image_at = take(image.high() - image.low());
-    take(PAGE);
+    // A page on either side that an image can run into without harm, and what
+    // it takes to align it.
+    let first = take(PAGE);
+    let mut rooms = Vec::new();
+    for image in draft.scope.images() {
+        let image = &image.image;
+        rooms.push(take(image.high() - image.low() + image.alignment() - PAGE));
+        take(PAGE);
+    }
     let data = take(data_len);
     let control = input
         .present
@@ -149,9 +162,21 @@ fn place(input: &Input<'_>, draft: &Draft<'_>, data_len: u64) -> Result<Places, 
             len: stubs.1,
         },
         bridge: start + bridge.0,
+        images: draft
+            .scope
+            .images()
+            .iter()
+            .zip(&rooms)
+            .map(|(image, (offset, _))| {
+                let (low, align) = (image.image.low(), image.image.alignment());
+                // As its first page is off in the file.
+                let skew = low & (align - 1);
+                (start + offset).wrapping_sub(skew).next_multiple_of(align) + skew
+            })
+            .collect(),
         image: Region {
-            start: start + image_at.0,
-            len: image_at.1,
+            start: start + first.0 + PAGE,
+            len: data.0 - first.0 - 2 * PAGE,
         },
         data: start + data.0,
         control: control.map(|(offset, len)| Region {
@@ -159,16 +184,6 @@ fn place(input: &Input<'_>, draft: &Draft<'_>, data_len: u64) -> Result<Places, 
             len,
         }),
     })
-}
-
-fn invoke_routine(worker: &Worker) -> Result<u64, Refused> {
-    match invoke_routines(worker).as_slice() {
-        [one] => Ok(*one),
-        several => Err(Refused::NoInvokeRoutine {
-            executable: worker.executable().path.clone(),
-            found: several.len(),
-        }),
-    }
 }
 
 /// Everything that is fixed before the places are.
@@ -183,6 +198,7 @@ struct Draft<'a> {
 
 struct Data {
     area: Area,
+    stub_eh_frame: u64,
     graft: u64,
     worker: u64,
     sites: Vec<u64>,
@@ -192,12 +208,16 @@ struct Data {
 
 impl Draft<'_> {
     fn stub_len(&self) -> u64 {
-        (THUNK + (self.sites.len() as u64 + 1) * STUB).next_multiple_of(PAGE)
+        (self.thunks_len() + (self.sites.len() as u64 + 1) * STUB).next_multiple_of(PAGE)
+    }
+
+    fn thunks_len(&self) -> u64 {
+        self.scope.images().len() as u64 * images::THUNKS
     }
 
     fn bridge(&self, places: &Places) -> Result<BridgeAddresses, Refused> {
         if let Some(present) = self.input.present {
-            return Ok(present.manifest.bridge);
+            return Ok(present.manifest.bridge.clone());
         }
         let bias = places.bridge.wrapping_sub(self.input.bridge.low());
         let export = |name: &str| {
@@ -208,38 +228,58 @@ impl Draft<'_> {
                     symbol: name.into(),
                 })
         };
+        let given = TLS_EXPORTS.into_iter();
+        let given = given.chain(interpose::FUNCTIONS.iter().map(|f| f.export));
         Ok(BridgeAddresses {
             enter: export("ng_enter")?,
             hook: export("ng_hook")?,
-            getenv: export("ng_getenv")?,
+            routine: export("ng_routine")?,
+            exports: given
+                .map(|name| Ok((name.to_owned(), export(name)?)))
+                .collect::<Result<_, Refused>>()?,
         })
     }
 
-    /// The structure's address is the first thing in the data.
-    fn graft_at(places: &Places) -> u64 {
-        places.data
+    fn records(&self, places: &Places) -> (Area, Records) {
+        let mut area = Area::new(places.data);
+        let records = images::reserve(&mut area, self.scope);
+        (area, records)
     }
 
-    fn loaded(&self, places: &Places) -> Result<Loaded, Refused> {
-        let callee = self.input.callee.function();
-        let given = Given {
-            getenv: places.stubs.start,
-            environ: Self::graft_at(places) + offset_of!(abi::Graft, environ) as u64,
+    fn loaded(&self, places: &Places) -> Result<Vec<Loaded>, Refused> {
+        let (_, records) = self.records(places);
+        let bridge = self.bridge(places)?;
+        let [get_addr, dynamic, fixed, nowhere] = TLS_EXPORTS;
+        let tls = GivenTls {
+            get_addr: given(&bridge, get_addr)?,
+            dynamic: given(&bridge, dynamic)?,
+            fixed: given(&bridge, fixed)?,
+            nowhere: given(&bridge, nowhere)?,
         };
-        load::relocate(
-            &callee.path,
-            &callee.image,
-            places.image.start,
-            Some(self.scope),
-            given,
-        )
+        let images = self.scope.images().iter().enumerate();
+        images
+            .map(|(number, image)| {
+                let given = Given {
+                    thunks: places.stubs.start + number as u64 * images::THUNKS,
+                    environ: records.graft + offset_of!(abi::Graft, environ) as u64,
+                    modules: records.modules,
+                    tls_indices: records.tls_indices[number],
+                    tls,
+                };
+                let place = Place {
+                    number,
+                    bases: &places.images,
+                };
+                load::relocate(&image.path, &image.image, place, Some(self.scope), &given)
+            })
+            .collect()
     }
 
-    fn data(&self, places: &Places, loaded: &Loaded) -> Result<Data, Refused> {
+    fn data(&self, places: &Places, loaded: &[Loaded]) -> Result<Data, Refused> {
         let (caller, callee) = (self.input.caller, self.input.callee);
         let bridge = self.bridge(places)?;
-        let mut area = Area::new(places.data);
-        let graft = area.reserve(size_of::<abi::Graft>(), align_of::<abi::Graft>());
+        let (mut area, records) = self.records(places);
+        let graft = records.graft;
         let control = match self.input.present {
             Some(present) => present.manifest.control,
             None => places.control.map_or(0, |c| c.start),
@@ -253,15 +293,17 @@ impl Draft<'_> {
             .iter()
             .map(|_| area.reserve(size_of::<abi::Site>(), align_of::<abi::Site>()))
             .collect();
-        let name = area.string(self.input.name.as_bytes());
-        let ifuncs = layout::ifuncs(&mut area, &loaded.ifuncs);
-        let inits = area.words(loaded.inits.iter().copied());
+        // As its caller passes it.
+        let name = self.input.name.rsplit('/').next().unwrap_or_default();
+        let name = area.string(name.as_bytes());
+        let images = images::write(&mut area, &records, self.scope, loaded);
+        let stub_eh_frame = area.reserve(unwind::size(self.sites.len()), 8);
         let argv = area.strings(&callee.arguments);
         let environ = area.strings(&callee.environment);
         let image = &callee.function().image;
         let own = |symbol: &str| {
             load::export(image, symbol)
-                .map(|at| at.wrapping_add(loaded.bias))
+                .map(|at| at.wrapping_add(loaded[0].bias))
                 .ok_or_else(|| Refused::MissingExport {
                     library: callee.function().path.clone(),
                     symbol: symbol.into(),
@@ -275,20 +317,28 @@ impl Draft<'_> {
             name,
             faas_init: own("faas_init")?,
             faas_create: own("faas_create_func_worker")?,
-            ifuncs: (ifuncs, loaded.ifuncs.len() as u64),
-            relro: loaded.relro.unwrap_or_default(),
-            inits: (inits, loaded.inits.len() as u64),
+            images,
+            stub_eh_frame: if self.sites.is_empty() {
+                0
+            } else {
+                stub_eh_frame
+            },
+            parent: parent(self.input)?,
             arguments: (argv, callee.arguments.len() as u64),
             environ,
             index: self.index as u64,
-            mxcsr_fixed: modes::mxcsr_is_fixed(caller, callee),
+            // Below another graft it is that one's code that makes the call.
+            mxcsr_fixed: parent(self.input)? == 0 && modes::mxcsr_is_fixed(caller, self.scope),
         }
         .write(&mut area, graft);
         if self.input.present.is_none() {
             let function = |name: &str| match self.scope.library_function(name)? {
                 Meaning::Resolver(at) => Ok((at, true)),
-                Meaning::At(at) | Meaning::Own(at) | Meaning::OwnResolver(at) => Ok((at, false)),
+                Meaning::At(at) | Meaning::Private(_, at) | Meaning::PrivateResolver(_, at) => {
+                    Ok((at, false))
+                }
             };
+            let bridge_bias = places.bridge.wrapping_sub(self.input.bridge.low());
             let outermost = caller.executable();
             WorkerFields {
                 control,
@@ -298,8 +348,9 @@ impl Draft<'_> {
                     outermost.image.low().wrapping_add(outermost.bias),
                     outermost.image.high().wrapping_add(outermost.bias),
                 ),
-                pthread_create: function("pthread_create")?.0,
-                pthread_detach: function("pthread_detach")?.0,
+                imports: imports(caller, self.scope)?,
+                eh_frame: (self.input.bridge.eh_frame())
+                    .map_or(0, |at| at.wrapping_add(bridge_bias)),
                 memcpy: function("memcpy")?,
                 arena_budget: self
                     .input
@@ -316,6 +367,7 @@ impl Draft<'_> {
         }
         Ok(Data {
             area,
+            stub_eh_frame,
             graft,
             worker,
             sites,
@@ -333,12 +385,16 @@ impl Draft<'_> {
             .map(|n| n.at.0)
     }
 
-    fn stubs(&self, places: &Places, data: &Data) -> Result<(Vec<u8>, Vec<WindowRecord>), Refused> {
+    fn stubs(&self, places: &Places, data: &Data) -> Result<Stubs, Refused> {
         let library = self.input.caller.function();
         let bias = library.bias;
-        let mut bytes = getenv_thunk(data.graft, data.bridge.getenv);
-        bytes.resize(THUNK as usize, 0xcc);
-        let mut records = Vec::new();
+        let mut bytes = Vec::new();
+        let modules = self.records(places).1.modules;
+        for number in 0..self.scope.images().len() {
+            let at = |name: &str| given(&data.bridge, name);
+            bytes.extend(images::thunks(module_at(modules, number), at)?);
+        }
+        let (mut records, mut frames) = (Vec::new(), Vec::new());
         let entry = self.new_entry.map(|w| (w, 0, Vec::new(), None));
         let sites = self
             .sites
@@ -383,6 +439,8 @@ impl Draft<'_> {
                 before: window.before.clone(),
                 after: window.after(bias, at).map_err(|e| failed(e.to_string()))?,
                 entry,
+                routine: false,
+                dynamic: false,
                 call: window.kind == WindowKind::Call,
                 site,
                 copies: stub
@@ -395,9 +453,20 @@ impl Draft<'_> {
                     .and_then(|site| self.cached(site))
                     .map(|_| self.input.name.to_owned()),
             });
+            if !entry {
+                frames.push(StubFrame {
+                    start: at,
+                    len: stub.bytes.len() as u64,
+                    pushed: pushed(&stub),
+                });
+            }
             bytes.extend(stub.bytes);
         }
-        Ok((bytes, records))
+        Ok(Stubs {
+            bytes,
+            windows: records,
+            eh_frame: unwind::eh_frame(&frames),
+        })
     }
 
     fn finish(
@@ -409,16 +478,31 @@ impl Draft<'_> {
         let input = self.input;
         let callee = input.callee.function();
         let loaded = self.loaded(places)?;
-        let data = self.data(places, &loaded)?;
-        let (stubs, new_windows) = self.stubs(places, &data)?;
+        let mut data = self.data(places, &loaded)?;
+        let stubs = self.stubs(places, &data)?;
+        data.area.put(data.stub_eh_frame, &stubs.eh_frame);
+        let new_windows = stubs.windows;
 
-        let mut parts = vec![part("stubs", places.stubs, Access::ReadExecute, stubs)];
+        let mut parts = vec![part(
+            "stubs",
+            places.stubs,
+            Access::ReadExecute,
+            stubs.bytes,
+        )];
         if input.present.is_none() {
-            let given = Given {
-                getenv: 0,
-                environ: 0,
+            let place = Place {
+                number: 0,
+                bases: &[places.bridge],
             };
-            let bridge = load::relocate("the bridge", input.bridge, places.bridge, None, given)?;
+            let given = Given::default();
+            let mut bridge = load::relocate("the bridge", input.bridge, place, None, &given)?;
+            // How the personality routine finds the worker's record.
+            bridge
+                .set_constant(input.bridge, "ng_worker", data.worker)
+                .ok_or_else(|| Refused::MissingExport {
+                    library: "the bridge".into(),
+                    symbol: "ng_worker".into(),
+                })?;
             for segment in bridge.segments {
                 // Its only writable words are relocations, applied by now.
                 let access = if segment.executable {
@@ -433,17 +517,19 @@ impl Draft<'_> {
                 parts.push(part("bridge", region, access, segment.bytes));
             }
         }
-        for segment in &loaded.segments {
-            let access = match (segment.writable, segment.executable) {
-                (true, _) => Access::ReadWrite,
-                (false, true) => Access::ReadExecute,
-                (false, false) => Access::Read,
-            };
-            let region = Region {
-                start: segment.start,
-                len: segment.len,
-            };
-            parts.push(part(&callee.path, region, access, segment.bytes.clone()));
+        for (image, loaded) in self.scope.images().iter().zip(&loaded) {
+            for segment in &loaded.segments {
+                let access = match (segment.writable, segment.executable) {
+                    (true, _) => Access::ReadWrite,
+                    (false, true) => Access::ReadExecute,
+                    (false, false) => Access::Read,
+                };
+                let region = Region {
+                    start: segment.start,
+                    len: segment.len,
+                };
+                parts.push(part(&image.path, region, access, segment.bytes.clone()));
+            }
         }
         let data_len = (data.area.bytes.len() as u64).next_multiple_of(PAGE);
         let region = Region {
@@ -469,7 +555,9 @@ impl Draft<'_> {
         };
         let record = GraftRecord {
             callee: input.name.into(),
+            parent: parent(input)?,
             build_id: build_id.clone(),
+            dependencies: dependencies(input.callee)?,
             library: callee.path.clone(),
             graft: data.graft,
             index: self.index,
@@ -483,7 +571,7 @@ impl Draft<'_> {
             .iter()
             .enumerate()
             .filter(|(i, w)| {
-                let ours = w.entry || w.names.iter().any(|n| n == input.name);
+                let ours = w.serves_all() || w.passed_by(input.name);
                 ours && !input.present.is_some_and(|p| p.in_place(*i))
             })
             .map(|(_, w)| w.clone())
@@ -500,11 +588,14 @@ impl Draft<'_> {
         }
         manifest.grafts.push(record.clone());
         let stores = if input.present.is_some() {
-            stores(&manifest, &record)
+            let mut stores = imports_found(input.caller, manifest.worker);
+            stores.extend(stores_of(&manifest, &record));
+            stores
         } else {
             Vec::new()
         };
 
+        let sum = |of: &dyn Fn(&Loaded) -> usize| loaded.iter().map(of).sum::<usize>();
         let plan = PatchPlan {
             build_id,
             mapping: Some(Mapping {
@@ -517,10 +608,14 @@ impl Draft<'_> {
                     .then(|| data.worker + offset_of!(abi::Worker, thread) as u64),
             }),
             relocations: (
-                loaded.relocations - loaded.ifuncs.len(),
-                loaded.ifuncs.len(),
+                sum(&|l| l.relocations - l.ifuncs.len()),
+                sum(&|l| l.ifuncs.len()),
             ),
-            initialisers: loaded.inits.len(),
+            initialisers: sum(&|l| l.inits.len()),
+            libraries: self.scope.images()[1..]
+                .iter()
+                .map(|image| image.path.clone())
+                .collect(),
             stores,
             windows: in_order(windows),
             unfused: sites.unfused.clone(),
@@ -561,14 +656,89 @@ fn part(what: &str, region: Region, access: Access, bytes: Vec<u8>) -> Part {
     }
 }
 
-/// `movabs rsi, graft; movabs rax, ng_getenv; jmp rax`
-fn getenv_thunk(graft: u64, getenv: u64) -> Vec<u8> {
-    let mut bytes = vec![0x48, 0xbe];
-    bytes.extend(graft.to_le_bytes());
-    bytes.extend([0x48, 0xb8]);
-    bytes.extend(getenv.to_le_bytes());
-    bytes.extend([0xff, 0xe0]);
-    bytes
+/// What the bridge does for thread-local storage.
+const TLS_EXPORTS: [&str; 4] = [
+    "ng_tls_get_addr",
+    "ng_tlsdesc_dynamic",
+    "ng_tlsdesc_static",
+    "ng_tlsdesc_undefweak",
+];
+
+/// Live address of what an image is bound to.
+fn given(bridge: &BridgeAddresses, name: &str) -> Result<u64, Refused> {
+    let found = bridge.exports.get(name).copied();
+    found.ok_or_else(|| Refused::OtherBridge {
+        found: format!("a bridge without {name}"),
+    })
+}
+
+/// The worker may have loaded an unwinder since its bridge was mapped.
+fn imports_found(caller: &Worker, worker: u64) -> Vec<Store> {
+    let found = optional_imports(caller).into_iter().enumerate();
+    found
+        .filter(|(_, address)| *address != 0)
+        .map(|(index, address)| Store {
+            address: worker + (offset_of!(abi::Worker, imports) + index * 8) as u64,
+            bytes: address.to_le_bytes().into(),
+            what: format!("address of {}", abi::IMPORTS[index]),
+        })
+        .collect()
+}
+
+struct Stubs {
+    /// Thunks and stubs.
+    bytes: Vec<u8>,
+    windows: Vec<WindowRecord>,
+    eh_frame: Vec<u8>,
+}
+
+/// Offset behind the push of the target, which is the work of the call.
+fn pushed(stub: &Stub) -> u16 {
+    let push = stub.boundaries.last().map_or(0, |(_, offset)| *offset);
+    let line = stub.listing.iter().find(|line| line.offset == push);
+    (push + line.map_or(0, |line| line.bytes.len() as u32)) as u16
+}
+
+/// Functions of the worker's libraries that the bridge calls.
+fn imports(caller: &Worker, scope: &Scope) -> Result<[u64; abi::IMPORTS.len()], Refused> {
+    let mut imports = optional_imports(caller);
+    for (import, name) in imports
+        .iter_mut()
+        .zip(abi::IMPORTS)
+        .take(abi::REQUIRED_IMPORTS)
+    {
+        *import = match scope.library_function(name)? {
+            Meaning::At(at) => at,
+            _ => {
+                return Err(Refused::UnsupportedImport {
+                    library: "the bridge".into(),
+                    symbol: name.into(),
+                    reason: "is chosen at run time (an indirect function)".into(),
+                });
+            }
+        };
+    }
+    Ok(imports)
+}
+
+/// Those of libraries that a worker may do without, 0 for what is not there.
+fn optional_imports(caller: &Worker) -> [u64; abi::IMPORTS.len()] {
+    let mut imports = [0; abi::IMPORTS.len()];
+    let libraries = ["libgcc_s.so.1", "libstdc++.so.6"];
+    let loaded: Vec<_> = caller
+        .modules
+        .iter()
+        .filter(|m| libraries.contains(&m.short_name()))
+        .collect();
+    for (import, name) in imports
+        .iter_mut()
+        .zip(abi::IMPORTS)
+        .skip(abi::REQUIRED_IMPORTS)
+    {
+        let found = loaded.iter().find_map(|m| load::exported_by(m, name));
+        *import = found.unwrap_or(0);
+    }
+    imports
 }
 
 /// Lowest stack pointer with which a callee may be started.

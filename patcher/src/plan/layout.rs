@@ -2,7 +2,9 @@
 
 use std::mem::offset_of;
 
-use nightgraft_bridge::abi::{Graft, IfuncSlot, Range, Site, Worker};
+use nightgraft_bridge::abi::{Graft, IMPORTS, IfuncSlot, Site, Worker};
+
+use super::images::ImageFields;
 
 /// Bytes that will lie at a known live address, growing.
 #[derive(Debug)]
@@ -70,8 +72,8 @@ pub(super) struct WorkerFields {
     pub(super) invoke: u64,
     pub(super) stack_floor: u64,
     pub(super) text: (u64, u64),
-    pub(super) pthread_create: u64,
-    pub(super) pthread_detach: u64,
+    pub(super) imports: [u64; IMPORTS.len()],
+    pub(super) eh_frame: u64,
     pub(super) memcpy: (u64, bool),
     pub(super) arena_budget: u64,
     pub(super) graft: u64,
@@ -85,8 +87,7 @@ impl WorkerFields {
             (offset_of!(Worker, stack_floor), self.stack_floor),
             (offset_of!(Worker, text_low), self.text.0),
             (offset_of!(Worker, text_high), self.text.1),
-            (offset_of!(Worker, pthread_create), self.pthread_create),
-            (offset_of!(Worker, pthread_detach), self.pthread_detach),
+            (offset_of!(Worker, eh_frame), self.eh_frame),
             (
                 offset_of!(Worker, memcpy),
                 if self.memcpy.1 { 0 } else { self.memcpy.0 },
@@ -101,6 +102,10 @@ impl WorkerFields {
         for (offset, value) in fields {
             area.put_u64(at + offset as u64, value);
         }
+        for (index, import) in self.imports.iter().enumerate() {
+            let offset = offset_of!(Worker, imports) + index * 8;
+            area.put_u64(at + offset as u64, *import);
+        }
         area.put(at + offset_of!(Worker, count) as u64, &[1]);
     }
 }
@@ -113,9 +118,9 @@ pub(super) struct GraftFields {
     pub(super) name: u64,
     pub(super) faas_init: u64,
     pub(super) faas_create: u64,
-    pub(super) ifuncs: (u64, u64),
-    pub(super) relro: (u64, u64),
-    pub(super) inits: (u64, u64),
+    pub(super) images: ImageFields,
+    pub(super) stub_eh_frame: u64,
+    pub(super) parent: u64,
     pub(super) arguments: (u64, u64),
     pub(super) environ: u64,
     pub(super) index: u64,
@@ -124,7 +129,6 @@ pub(super) struct GraftFields {
 
 impl GraftFields {
     pub(super) fn write(&self, area: &mut Area, at: u64) {
-        let relro = offset_of!(Graft, relro);
         let fields = [
             (offset_of!(Graft, shared), self.shared),
             (offset_of!(Graft, worker), self.worker),
@@ -132,12 +136,18 @@ impl GraftFields {
             (offset_of!(Graft, name), self.name),
             (offset_of!(Graft, faas_init), self.faas_init),
             (offset_of!(Graft, faas_create), self.faas_create),
-            (offset_of!(Graft, ifuncs), self.ifuncs.0),
-            (offset_of!(Graft, ifunc_count), self.ifuncs.1),
-            (relro + offset_of!(Range, start), self.relro.0),
-            (relro + offset_of!(Range, len), self.relro.1),
-            (offset_of!(Graft, inits), self.inits.0),
-            (offset_of!(Graft, init_count), self.inits.1),
+            (offset_of!(Graft, modules), self.images.modules.0),
+            (offset_of!(Graft, module_count), self.images.modules.1),
+            (offset_of!(Graft, init_order), self.images.init_order.0),
+            (
+                offset_of!(Graft, init_order_count),
+                self.images.init_order.1,
+            ),
+            (offset_of!(Graft, scope), self.images.scope.0),
+            (offset_of!(Graft, scope_count), self.images.scope.1),
+            (offset_of!(Graft, tls_count), self.images.tls_count),
+            (offset_of!(Graft, stub_eh_frame), self.stub_eh_frame),
+            (offset_of!(Graft, parent), self.parent),
             (offset_of!(Graft, argc), self.arguments.1),
             (offset_of!(Graft, argv), self.arguments.0),
             (offset_of!(Graft, environ), self.environ),

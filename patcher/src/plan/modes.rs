@@ -11,6 +11,7 @@
 //! can load or map code later counts as one that changes modes.
 
 use crate::elf::Image;
+use crate::load::Scope;
 use crate::snapshot::{Module, Worker};
 
 /// Functions of the C library that change modes (`<fenv.h>` and its kin).
@@ -47,12 +48,11 @@ const C_LIBRARY: &[&str] = &[
 
 /// Whether MXCSR has its default modes whenever the caller calls the callee
 /// and whenever that returns.
-pub(super) fn mxcsr_is_fixed(caller: &Worker, callee: &Worker) -> bool {
+pub(super) fn mxcsr_is_fixed(caller: &Worker, callee: &Scope) -> bool {
     let loads = |image: &Image| imports(image, LOADERS);
     let brought_along = &caller.modules[caller.library..];
-    let function = &callee.function().image;
-    !loads(function)
-        && !changes(function)
+    let mut images = callee.images().iter();
+    images.all(|i| !loads(&i.image) && !changes(&i.image))
         && !brought_along.iter().any(|m| loads(&m.image))
         && caller
             .modules

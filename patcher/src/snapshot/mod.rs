@@ -18,13 +18,16 @@
 mod linkmap;
 mod mapped;
 mod rootfs;
+mod routine;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use procfs::process::{MMPermissions, MMapPath};
 
-use crate::elf::{self, ElfError, Image};
+use crate::elf::{ElfError, Image, constants};
+
+pub use routine::invoke_routines;
 
 /// Why a worker could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -219,6 +222,9 @@ pub struct Module {
     pub bias: u64,
     /// The file.
     pub image: Arc<Image>,
+    /// Its thread-local storage begins so many bytes below the thread pointer
+    /// in every thread; `None` if it has none there, or nothing tells.
+    pub tls_offset: Option<u64>,
 }
 
 impl Module {
@@ -301,6 +307,7 @@ impl Worker {
                 modules.push(Module {
                     path: executable_path.clone(),
                     bias,
+                    tls_offset: None,
                     image: Arc::new(executable.clone()),
                 });
             } else if loaded.name.starts_with('/') {
@@ -310,6 +317,7 @@ impl Worker {
                 modules.push(Module {
                     path: loaded.name,
                     bias: loaded.bias,
+                    tls_offset: tls_offset(&memory, &image, loaded.bias)?,
                     image: Arc::new(image),
                 });
             } else if !loaded.name.starts_with("linux-vdso") && !loaded.name.is_empty() {
@@ -353,6 +361,28 @@ impl Worker {
     #[must_use]
     pub fn executable(&self) -> &Module {
         &self.modules[0]
+    }
+}
+
+/// Where a module's thread-local storage begins below the thread pointer: what
+/// the dynamic linker made of a relocation that asks for it.
+fn tls_offset(memory: &dyn Memory, image: &Image, bias: u64) -> Result<Option<u64>, SnapshotError> {
+    let asks = image.dynamic.relocations.iter().find_map(|r| {
+        if image.tls.is_none() || r.kind != constants::R_X86_64_TPOFF64 {
+            return None;
+        }
+        let value = match image.symbols.get(r.symbol as usize) {
+            _ if r.symbol == 0 => 0,
+            Some(s) if !s.undefined() && s.binding == constants::STB_LOCAL => s.value,
+            _ => return None,
+        };
+        Some((r.offset, value.wrapping_add_signed(r.addend?)))
+    });
+    match asks {
+        Some((at, variable)) => Ok(Some(
+            variable.wrapping_sub(memory.u64(at.wrapping_add(bias))?),
+        )),
+        None => Ok(None),
     }
 }
 
@@ -415,17 +445,6 @@ fn split(bytes: &[u8]) -> Vec<Vec<u8>> {
         [] => Vec::new(),
         _ => whole.split(|b| *b == 0).map(<[u8]>::to_vec).collect(),
     }
-}
-
-/// The worker's own `invoke_func` routine: live addresses of every function
-/// of the executable that has the name (one, unless something is odd).
-#[must_use]
-pub fn invoke_routines(worker: &Worker) -> Vec<u64> {
-    let executable = worker.executable();
-    elf::symbol_by_prefix(&executable.image.bytes, INVOKE_PREFIX)
-        .into_iter()
-        .map(|address| address.wrapping_add(executable.bias))
-        .collect()
 }
 
 /// `faas::worker_v1::FuncWorker::InvokeFuncWrapper`, mangled, without its
