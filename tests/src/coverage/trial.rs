@@ -24,7 +24,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::compile::Built;
-use super::directives::{Dependency, Directives};
+use super::directives::{Dependency, Directives, Pair, Role};
 use super::fixture::Fixture;
 use super::matrix::Variant;
 use super::reference::{Answer, Reference, ReferenceFunction, ReferenceSpec};
@@ -124,7 +124,7 @@ fn reference(d: &Directives, built: &Built, dir: &Path) -> Result<(Vec<Answer>, 
 }
 
 /// A function's environment and the files in its working directory.
-fn surroundings(d: &Directives, function: &str) -> (Vec<(String, String)>, Vec<(String, String)>) {
+fn surroundings(d: &Directives, function: &str) -> (Vec<Pair>, Vec<Pair>) {
     let mut files = d.files.clone();
     if function == "Foo" {
         (d.caller_env.clone(), files)
@@ -145,9 +145,9 @@ fn node(d: &Directives, variant: &Variant, built: &Built, dir: &Path) -> Result<
                 .files
                 .push((dir.join(name).join(&file), Path::new("/").join(&file)));
         }
-        // Where the shared half loads them too, they lie beside it as well.
-        let is_callee = name != "Foo";
-        if is_callee || variant.dependency == Some(Dependency::InCallerToo) {
+        // Where the other half loads them too, they lie beside it as well.
+        let links = (name != "Foo") != (d.role == Role::Caller);
+        if links || variant.dependency == Some(Dependency::InCallerToo) {
             for own in &built.own {
                 let file = own.file_name().context("a library without a name")?;
                 function
@@ -412,7 +412,7 @@ impl Trial<'_> {
             .context("no container of Bar")?;
         let library = container.join("root/functions/libbar.so");
         let other = container.join("root/functions/libfoo-as-bar.so");
-        fs::copy(&self.caller_library, &other)?;
+        fs::copy(self.caller_library, &other)?;
         fs::rename(other, library)?;
         Ok(())
     }
