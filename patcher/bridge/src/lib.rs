@@ -40,6 +40,7 @@ pub mod exit;
 pub mod imports;
 pub mod legacy;
 pub mod start;
+pub mod state;
 mod sys;
 pub mod tls;
 pub mod unwind;

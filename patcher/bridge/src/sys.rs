@@ -86,6 +86,20 @@ pub(crate) unsafe fn seal(start: u64, len: u64) -> i32 {
     -result as i32
 }
 
+/// `sched_yield`.
+#[cold]
+pub(crate) fn give_way() {
+    // SAFETY: takes nothing; the kernel clobbers only rax, rcx and r11.
+    unsafe {
+        asm!(
+            "syscall",
+            inlateout("rax") 24_isize => _, // sched_yield
+            lateout("rcx") _, lateout("r11") _,
+            options(nostack),
+        );
+    }
+}
+
 /// The thread pointer: the C library keeps a pointer to the thread control
 /// block at its own start (System V ABI, x86-64 TLS variant II).
 #[inline(always)]

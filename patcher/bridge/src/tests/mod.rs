@@ -3,6 +3,7 @@
 
 mod image;
 mod legacy;
+mod state;
 mod tls;
 mod unwind;
 
