@@ -204,7 +204,7 @@ refusals! {
         /// The function or variable that the callee imports.
         symbol: String,
     } = "shared-state", "{library} and {caller} would share the hidden state of {symbol}",
-        "use the re-entrant function in either of them (strtok_r, hsearch_r, getpwent_r, ...)";
+        "use the re-entrant function in either of them (hsearch_r, getpwent_r, ...)";
     /// The callee may touch what is the caller's, and that is not allowed.
     Effects {
         /// The callee's library.

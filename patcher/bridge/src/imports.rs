@@ -74,6 +74,8 @@ imports! {
     malloc: Malloc(len: usize) -> *mut u8;
     /// `free`.
     free: Free(block: *mut u8);
+    /// `__errno_location`.
+    errno_location: ErrnoLocation() -> *mut c_int;
     /// `__cxa_atexit`.
     cxa_atexit: CxaAtexit(destructor: Destructor, object: *mut c_void, dso: *const c_void) -> c_int;
     /// `__cxa_thread_atexit_impl`.

@@ -37,7 +37,7 @@ pub(super) const KINDS: &[(&str, &str, &str)] = &[
     ),
     (
         "environment",
-        "reads its own worker's environment, as it was when it was fused",
+        "reads and changes a copy of its own worker's environment, as that was when it started",
         "getenv secure_getenv environ __environ _environ setenv putenv unsetenv clearenv",
     ),
     (
@@ -105,17 +105,11 @@ pub(super) const KINDS: &[(&str, &str, &str)] = &[
          settimeofday adjtime adjtimex openlog closelog setlogmask",
     ),
     (
-        "random-numbers",
-        "draws from the caller's sequence of random numbers, or starts it anew",
-        "rand srand random srandom initstate setstate drand48 erand48 lrand48 nrand48 mrand48 jrand48 srand48 \
-         seed48 lcong48",
-    ),
-    (
         "static-results",
         "overwrites a result of the C library that the caller may still look at",
         "localtime gmtime asctime ctime strerror strsignal getpwnam getpwuid getgrnam getgrgid getspnam \
          gethostbyname gethostbyname2 gethostbyaddr getservbyname getservbyport getprotobyname \
-         getprotobynumber getnetbyname getnetbyaddr inet_ntoa ether_ntoa ether_aton ttyname ctermid cuserid \
+         getprotobynumber getnetbyname getnetbyaddr ether_ntoa ether_aton ttyname ctermid cuserid \
          getlogin ptsname crypt l64a tmpnam readdir readdir64 setlocale localeconv getmntent fgetpwent \
          fgetgrent ecvt fcvt gcvt qecvt qfcvt signgam dlerror basename dirname hstrerror",
     ),
@@ -201,7 +195,6 @@ pub(super) fn shows(import: &str, kind: &str, names: &str) -> bool {
 /// hidden table, per process. Someone who calls the function anew while
 /// another is in the middle takes that other's place away.
 const CURSORS: &[&str] = &[
-    "strtok",
     "getopt getopt_long getopt_long_only __posix_getopt optind optarg optopt opterr argp_parse",
     "hcreate hsearch hdestroy",
     "ecvt fcvt qecvt qfcvt",

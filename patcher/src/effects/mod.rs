@@ -45,8 +45,8 @@ const MOST_NAMED: usize = 6;
 pub struct Effect {
     /// `files`, `network`, `environment`, `processes`, `threads`, `signals`,
     /// `credentials`, `working-directory`, `exit`, `time-zone`, `host-name`,
-    /// `locale`, `descriptors`, `process-settings`, `random-numbers`,
-    /// `static-results`, `databases`, `system-calls`.
+    /// `locale`, `descriptors`, `process-settings`, `static-results`,
+    /// `databases`, `system-calls`.
     pub kind: String,
     /// What is the caller's now.
     pub means: String,

@@ -5,6 +5,7 @@ mod call;
 mod dl;
 mod image;
 mod legacy;
+mod state;
 mod tls;
 mod unwind;
 
