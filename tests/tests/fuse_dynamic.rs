@@ -2,7 +2,7 @@
 //! bytes can't be rewritten: all of them run fused, through the entry of the
 //! worker's own routine or at sites that were seen there.
 
-#[allow(dead_code, reason = "other tests use the rest")]
+#[expect(dead_code, reason = "other tests use the rest")]
 mod code;
 
 use std::collections::BTreeMap;
