@@ -149,7 +149,7 @@ fn receipt(plan: &PatchPlan, already: bool) -> PatchReceipt {
         pid: plan.pid,
         already,
         image_reused: plan.mapping.is_none(),
-        through_routine: plan.has_routine().then(|| plan.through_routine.len()),
+        through_routine: plan.has_routine().then_some(plan.through_routine.len()),
         effects: plan.effects.clone(),
         sites: Vec::new(),
         commit_stop_ns: 0,
