@@ -64,6 +64,16 @@ refusals! {
         reason: String,
     } = "no-entry-window", "the entry of faas_func_call in {library} cannot be rewritten: {reason}",
         "compile the caller with other optimisation flags";
+    /// A call of the callee cannot be rewritten in place, and neither can the
+    /// entry of the worker's own routine, through which it would go instead.
+    NoRoutineWindow {
+        /// The worker's executable.
+        executable: String,
+        /// What is in the way.
+        reason: String,
+    } = "no-routine-window",
+        "not every call that may be for the callee can be rewritten, nor can the entry of invoke_func in {executable}: {reason}",
+        "pass the name as a string constant at the call, or use a func_worker_v1 compiled with other optimisation flags";
     /// Code of the caller could not be analysed.
     Analysis {
         /// The caller's library.
@@ -77,7 +87,7 @@ refusals! {
         executable: String,
         /// How many candidates there are.
         found: usize,
-    } = "no-invoke-routine", "{executable} has {found} symbols for FuncWorker::InvokeFuncWrapper where one is needed",
+    } = "no-invoke-routine", "{executable} has no symbol for FuncWorker::InvokeFuncWrapper, and {found} functions where one is needed that it may pass to faas_create_func_worker as invoke_func",
         "use a func_worker_v1 that is not stripped";
     /// What should make the call is not fused itself.
     NotFused {

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use crate::apply::{self, ApplyError, Limits};
-use crate::code::CodeMap;
+use crate::code::{CodeMap, Live};
 use crate::effects::Allowance;
 use crate::elf::Image;
 use crate::manifest::{self, FindError, Present};
@@ -12,7 +12,7 @@ use crate::plan::{self, Input, PatchPlan};
 use crate::refused::Refused;
 use crate::report::{PatchReceipt, RevertReceipt, WorkerStatus};
 use crate::room::memory_room;
-use crate::snapshot::{Map, ProcMemory, SnapshotError, Worker};
+use crate::snapshot::{Map, Memory, ProcMemory, SnapshotError, Worker, invoke_routines};
 use crate::status::status;
 
 /// The bridge, compiled into the agent.
@@ -136,6 +136,11 @@ fn planned(
     let memory = ProcMemory::open(caller.pid)?;
     let present = manifest::find(caller.pid, caller.start_time, &caller.maps, &memory)?;
     let bridge = bridge()?;
+    let invoke = routine(&caller, &memory);
+    let live = LiveWorker {
+        maps: &caller.maps,
+        memory: &memory,
+    };
     Ok(plan::plan(&Input {
         caller: &caller,
         code: &code,
@@ -144,8 +149,48 @@ fn planned(
         present: present.as_ref(),
         bridge: &bridge,
         memory_room: memory_room(caller.pid),
+        invoke: &invoke,
+        live: &live,
         allowed,
     })?)
+}
+
+/// The worker's own `invoke_func`.
+fn routine(worker: &Worker, memory: &dyn Memory) -> Result<u64, Refused> {
+    match invoke_routines(worker, memory).as_slice() {
+        [one] => Ok(*one),
+        several => Err(Refused::NoInvokeRoutine {
+            executable: worker.executable().path.clone(),
+            found: several.len(),
+        }),
+    }
+}
+
+/// The caller's worker while it runs on.
+struct LiveWorker<'a> {
+    maps: &'a [Map],
+    memory: &'a dyn Memory,
+}
+
+impl LiveWorker<'_> {
+    fn map(&self, at: u64) -> Option<&Map> {
+        let index = self.maps.partition_point(|m| m.end <= at);
+        self.maps.get(index).filter(|m| m.start <= at)
+    }
+}
+
+impl Live for LiveWorker<'_> {
+    fn word(&self, at: u64) -> Option<u64> {
+        self.memory.u64(at).ok()
+    }
+
+    fn is_code(&self, at: u64) -> bool {
+        self.map(at).is_some_and(|m| m.executable)
+    }
+
+    fn is_stack(&self, at: u64) -> bool {
+        self.map(at).is_some_and(|m| m.name == "[stack]")
+    }
 }
 
 /// Fuses `name` into one worker, if it shows no guarded effect but those

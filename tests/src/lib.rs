@@ -14,6 +14,7 @@
 //! - [`keeper`]: the process that owns a node; [`Node`]: its handle in a test.
 //! - [`fixtures`]: functions in C; [`client`] and [`load`]: who calls them.
 //! - [`agent`]: the agent and `agentctl`, the programs under test.
+//! - [`oracle`]: the machine's dynamic linker as the judge of our loader.
 //! - [`coverage`]: every kind of function, as RPC and fused.
 //! - [`sys`]: all that is unsafe.
 
@@ -31,6 +32,7 @@ pub mod keeper;
 pub mod launcher;
 pub mod load;
 mod node;
+pub mod oracle;
 mod procs;
 pub mod sys;
 pub mod wire;

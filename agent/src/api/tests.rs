@@ -25,6 +25,7 @@ fn a_patch_report_keeps_its_shape() {
                 pid: 11,
                 already: false,
                 image_reused: true,
+                through_routine: Some(1),
                 effects: vec![opens_files()],
                 sites: Vec::new(),
                 commit_stop_ns: 88_000,
@@ -50,7 +51,7 @@ fn a_patch_report_keeps_its_shape() {
                 "pid": 11, "pid_inside": 8, "container": null, "canary": true,
                 "outcome": { "outcome": "reverted", "why": "x" },
                 "receipt": {
-                    "pid": 11, "already": false, "image_reused": true, "sites": [],
+                    "pid": 11, "already": false, "image_reused": true, "through_routine": 1, "sites": [],
                     "effects": [{
                         "kind": "files", "means": "opens files", "guarded": true,
                         "allowed": false, "seen": [{

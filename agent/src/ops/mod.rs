@@ -10,6 +10,7 @@
 mod patch;
 mod read;
 mod revert;
+mod seen;
 
 #[cfg(test)]
 mod tests;

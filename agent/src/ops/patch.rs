@@ -7,6 +7,9 @@
 //!   touched)
 //! ```
 //!
+//! Where calls were seen meanwhile to come through the entry of the worker's own
+//! routine, their sites are rewritten last ([`super::seen`]).
+//!
 //! The canary is the worker that has used most processor time: a node under
 //! light load gives all calls to one, and only where there are calls is there
 //! proof. A worker that exits before or during its own patch is reported and the next
@@ -17,7 +20,7 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use super::read::{mixed_builds, newest_first, other_kinds};
-use super::{Context, canary_wait};
+use super::{Context, canary_wait, seen};
 use crate::api::{PatchOutcome, PatchReport, PatchRequest, PatchedWorker};
 use crate::canary::{self, Watch, Watched};
 use crate::discover::{self, Node, tracer_of};
@@ -121,6 +124,12 @@ pub fn patch(
         }
     }
     workers.extend(edge.watch(watched));
+    let targets: Vec<Target> = callers.iter().map(|(_, target)| target.clone()).collect();
+    let name = edge.name.clone();
+    let notes = seen::rewrite(context.grafter, &name, &targets, &mut workers, |target| {
+        edge.patch_target(target)
+    });
+    report.notes.extend(notes);
     report.workers = workers;
     conclude(report)
 }
@@ -309,20 +318,24 @@ impl Edge<'_> {
     }
 
     fn patch_one(&mut self, one: &Todo<'_>) -> Result<PatchReceipt, GraftError> {
+        self.patch_target(&one.target)
+    }
+
+    fn patch_target(&mut self, target: &Target) -> Result<PatchReceipt, GraftError> {
         let name = self.name.clone();
         let grafter = self.context.grafter;
         let allowed = self.allowed;
-        let result = self.with_callee(|callee| grafter.patch(&one.target, callee, &name, allowed));
+        let result = self.with_callee(|callee| grafter.patch(target, callee, &name, allowed));
         match &result {
             Ok(receipt) => tracing::info!(
-                pid = one.worker.pid,
+                pid = target.pid,
                 callee = name,
                 already = receipt.already,
                 commit_stop_ns = receipt.commit_stop_ns,
                 "patched"
             ),
             Err(error) => {
-                tracing::warn!(pid = one.worker.pid, callee = name, %error, "not patched");
+                tracing::warn!(pid = target.pid, callee = name, %error, "not patched");
             }
         }
         result

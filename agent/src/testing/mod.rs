@@ -153,6 +153,8 @@ pub(crate) fn graft(callee: &str, moment: Moment) -> GraftStatus {
         state: moment.state,
         failure: (moment.state == CalleeState::Failed).then(|| "faas_init returned 1".to_owned()),
         sites: vec![0x7f00_0000_1000],
+        routine: false,
+        seen: Vec::new(),
         counters: EdgeCounters {
             fused_calls: moment.fused,
             rpc: RpcReasons {
@@ -268,6 +270,7 @@ impl Grafter for FakeGrafter {
                 pid: caller.pid,
                 already,
                 image_reused: false,
+                through_routine: None,
                 effects: worker.effects.clone(),
                 sites: sites("90e8fb0f0000"),
                 commit_stop_ns: 88_000,

@@ -77,7 +77,7 @@ impl CLibrary {
                 .compare_exchange_weak(0, 1, Ordering::Acquire, Ordering::Relaxed)
         };
         while take().is_err() {
-            crate::sys::give_way();
+            crate::sys::relax();
         }
         let result = act();
         self.lock.store(0, Ordering::Release);

@@ -150,6 +150,8 @@ pub struct Image {
     pub executable_stack: bool,
     /// `PT_DYNAMIC`'s address.
     pub dynamic_vaddr: u64,
+    /// `PT_DYNAMIC`'s bytes.
+    pub dynamic_bytes: u64,
     /// What the dynamic section says.
     pub dynamic: Dynamic,
     /// Dynamic symbols, by index.
@@ -219,6 +221,7 @@ impl Image {
             program_headers: reader.program_header_bytes(&header)?.to_vec(),
             executable_stack: stack.is_none_or(|flags| flags & elf::PF_X != 0),
             dynamic_vaddr: dynamic_range.map_or(0, |(vaddr, _)| vaddr),
+            dynamic_bytes: dynamic_range.map_or(0, |(_, size)| size),
             dynamic,
             symbols,
             exports,

@@ -57,7 +57,8 @@ pub(super) fn closure(worker: &Worker) -> Result<Closure, Refused> {
         if index < worker.library || private.contains(&index) || once.contains(&index) {
             return;
         }
-        if is_once(&worker.modules[index]) {
+        // The function's own library is the callee's whatever it is called.
+        if index != worker.library && is_once(&worker.modules[index]) {
             once.push(index);
         } else {
             private.push(index);

@@ -47,6 +47,15 @@ pub const FUNCTIONS: &[Function] = &[
     function("tss_set", "ng_tss_set", 2),
     function("__cxa_thread_atexit", "ng_thread_atexit", 3),
     function("__cxa_thread_atexit_impl", "ng_thread_atexit", 3),
+    function("dl_iterate_phdr", "ng_dl_iterate_phdr", 2),
+    function("dladdr", "ng_dladdr", 2),
+    function("dladdr1", "ng_dladdr1", 4),
+    function("dlsym", "ng_dlsym", 2),
+    function("dlvsym", "ng_dlvsym", 3),
+    function("dlopen", "ng_dlopen", 2),
+    function("dlclose", "ng_dlclose", 1),
+    function("dlerror", "ng_dlerror", 0),
+    function("dlinfo", "ng_dlinfo", 3),
 ];
 
 /// Names of the variable that an image's `environ` is.

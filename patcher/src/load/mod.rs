@@ -15,6 +15,7 @@ mod closure;
 pub mod interpose;
 mod relocate;
 mod scope;
+mod unique;
 
 use serde::{Deserialize, Serialize};
 

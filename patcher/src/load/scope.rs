@@ -7,10 +7,12 @@
 //! of its own. Nothing else that the caller's library brought along is ever
 //! looked at.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::closure::{self, Closure};
 use super::interpose::{self, Interposed};
+use super::unique::Unique;
 use crate::effects::shared_cursor;
 use crate::elf::constants as c;
 use crate::elf::{Image, Symbol};
@@ -132,6 +134,7 @@ pub struct Scope {
     images: Vec<PrivateImage>,
     initialisation: Vec<usize>,
     order: Vec<Searched>,
+    unique: Unique,
 }
 
 impl Scope {
@@ -142,15 +145,9 @@ impl Scope {
     /// must not be shared with the caller, or needs a library of which there
     /// must be only one and which the caller's worker does not have.
     pub fn new(caller: &Worker, callee: &Worker) -> Result<Scope, Refused> {
-        let Closure {
-            order,
-            private,
-            on_demand,
-            initialisation,
-            once,
-        } = closure::closure(callee)?;
+        let closure = closure::closure(callee)?;
         let unwinder = unwinder(caller).is_some();
-        for index in &private {
+        for index in &closure.private {
             let module = &callee.modules[*index];
             imports(&module.path, &module.image, unwinder)?;
             for theirs in &caller.modules[caller.library..] {
@@ -163,6 +160,26 @@ impl Scope {
                 }
             }
         }
+        Scope::build(caller, callee, closure)
+    }
+
+    /// Builds it whatever the imports are: for a comparison with what the
+    /// dynamic linker makes of them, not for loading.
+    ///
+    /// # Errors
+    /// As [`Scope::new`], but for imports.
+    pub fn without_policy(caller: &Worker, callee: &Worker) -> Result<Scope, Refused> {
+        Scope::build(caller, callee, closure::closure(callee)?)
+    }
+
+    fn build(caller: &Worker, callee: &Worker, closure: Closure) -> Result<Scope, Refused> {
+        let Closure {
+            order,
+            private,
+            on_demand,
+            initialisation,
+            once,
+        } = closure;
         let mut providers = Vec::new();
         let startup = &callee.modules[..callee.library];
         for (index, module) in startup.iter().enumerate() {
@@ -227,13 +244,16 @@ impl Scope {
                 Some(Searched::Shared(theirs.path.clone()))
             })
         });
-        Ok(Scope {
+        let mut scope = Scope {
             order: searched.collect(),
             initialisation: initialisation.iter().filter_map(number).collect(),
             startup: startup.len(),
             providers,
             images,
-        })
+            unique: Unique::default(),
+        };
+        scope.unique = scope.unique();
+        Ok(scope)
     }
 
     /// What gets a copy; the function's library first.
@@ -275,15 +295,66 @@ impl Scope {
         symbol: &Symbol,
         jump_slot: bool,
     ) -> Option<(&Provider, &Symbol)> {
+        let (number, found) = self.look_up(image, symbol, jump_slot)?;
+        let (number, found) = self.unique.chosen(number, found);
+        Some((&self.providers[number], found))
+    }
+
+    /// The first definition in an image's look-up order: a provider's number
+    /// and its symbol.
+    fn look_up(&self, image: usize, symbol: &Symbol, jump_slot: bool) -> Option<(usize, &Symbol)> {
+        let own = &self.images[image];
+        let itself = own.image.dynamic.symbolic.then_some(self.startup + image);
+        let order = itself
+            .into_iter()
+            .chain(0..self.startup)
+            .chain(own.order.iter().copied());
+        self.first(order, symbol, jump_slot)
+    }
+
+    fn first(
+        &self,
+        mut order: impl Iterator<Item = usize>,
+        symbol: &Symbol,
+        jump_slot: bool,
+    ) -> Option<(usize, &Symbol)> {
         let wanted = symbol
             .version
             .as_deref()
             .map_or(Wanted::Oldest, Wanted::Version);
-        let rest = self.images[image].order.iter();
-        (0..self.startup)
-            .chain(rest.copied())
-            .map(|number| &self.providers[number])
-            .find_map(|p| Some((p, find(&p.image, &symbol.name, wanted, jump_slot)?)))
+        order.find_map(|number| {
+            let image = &self.providers[number].image;
+            Some((number, find(image, &symbol.name, wanted, jump_slot)?))
+        })
+    }
+
+    /// What the relocations of the callee's worker have made unique, in ld.so's
+    /// order: the objects that it started with from the last to the first,
+    /// then each of the rest behind what it needs.
+    fn unique(&self) -> Unique {
+        let mut unique = Unique::default();
+        let names: HashSet<&str> = self
+            .providers
+            .iter()
+            .flat_map(|provider| &provider.image.symbols)
+            .filter(|s| s.binding == c::STB_GNU_UNIQUE && !s.undefined())
+            .map(|s| s.name.as_str())
+            .collect();
+        for number in (0..self.startup).rev() {
+            for (symbol, jump_slot) in looked_up(&self.providers[number].image, &names) {
+                if let Some((at, found)) = self.first(0..self.startup, symbol, jump_slot) {
+                    unique.enter(at, found);
+                }
+            }
+        }
+        for image in &self.initialisation {
+            for (symbol, jump_slot) in looked_up(&self.images[*image].image, &names) {
+                if let Some((at, found)) = self.look_up(*image, symbol, jump_slot) {
+                    unique.enter(at, found);
+                }
+            }
+        }
+        unique
     }
 
     /// What dynamic symbol `index` of image `image` means. `jump_slot` says
@@ -439,6 +510,19 @@ impl Scope {
     }
 }
 
+/// The symbols of these names that an image's relocations look up, in their
+/// order, with whether as the target of a call.
+fn looked_up<'a>(image: &'a Image, names: &HashSet<&str>) -> Vec<(&'a Symbol, bool)> {
+    let mut seen = HashSet::new();
+    let relocations = image.dynamic.relocations.iter();
+    relocations
+        .filter(|r| r.symbol != 0 && r.kind != c::R_X86_64_COPY && seen.insert(r.symbol))
+        .filter_map(|r| Some((r, image.symbols.get(r.symbol as usize)?)))
+        .filter(|(_, s)| names.contains(s.name.as_str()) && !bound_to_itself(image, s))
+        .map(|(r, symbol)| (symbol, r.kind == c::R_X86_64_JUMP_SLOT))
+        .collect()
+}
+
 /// A definition in the image of this number.
 fn private(image: usize, symbol: &Symbol) -> Meaning {
     if symbol.section == c::SHN_ABS {
@@ -454,7 +538,7 @@ fn private(image: usize, symbol: &Symbol) -> Meaning {
 fn bound_to_itself(image: &Image, symbol: &Symbol) -> bool {
     !symbol.undefined()
         && (symbol.binding == c::STB_LOCAL
-            || image.dynamic.symbolic
+            || image.dynamic.symbolic && symbol.binding != c::STB_GNU_UNIQUE
             || matches!(
                 symbol.visibility,
                 c::STV_HIDDEN | c::STV_INTERNAL | c::STV_PROTECTED
