@@ -108,6 +108,12 @@ pub enum Import {
     Dlinfo,
     /// `__errno_location`.
     ErrnoLocation,
+    /// `gmtime_r`.
+    GmtimeR,
+    /// `localtime_r`.
+    LocaltimeR,
+    /// `tzset`.
+    Tzset,
     /// libgcc_s: `__register_frame`.
     RegisterFrame,
     /// libgcc_s: `_Unwind_Resume`.
@@ -128,7 +134,7 @@ pub enum Import {
 
 /// Names of [`Import`]s, in their order. From `RegisterFrame` on they are 0 in
 /// a worker that has no such library; the ones before it are always there.
-pub const IMPORTS: [&str; 28] = [
+pub const IMPORTS: [&str; 31] = [
     "pthread_create",
     "pthread_detach",
     "pthread_key_create",
@@ -149,6 +155,9 @@ pub const IMPORTS: [&str; 28] = [
     "dlerror",
     "dlinfo",
     "__errno_location",
+    "gmtime_r",
+    "localtime_r",
+    "tzset",
     "__register_frame",
     "_Unwind_Resume",
     "_Unwind_SetGR",

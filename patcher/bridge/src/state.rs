@@ -1,16 +1,17 @@
 //! Hidden state of the C library, one per graft: where `strtok` is, the
-//! sequences of `rand` and `drand48`, the buffer of `inet_ntoa`.
+//! sequences of `rand` and `drand48`, what `localtime` and `inet_ntoa` give.
 //!
 //! In its own worker the callee had all of that for itself; here it would take
 //! it from the caller. The sequences are those of glibc (`stdlib/random_r.c`,
 //! `stdlib/drand48*.c`), number for number.
 
 use core::cell::{Cell, UnsafeCell};
-use core::ffi::{c_char, c_double, c_int, c_long, c_uint, c_ushort};
+use core::ffi::{c_char, c_double, c_int, c_long, c_uint, c_ushort, c_void};
 use core::ptr;
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use crate::abi::{Graft, Module};
+use crate::imports::worker;
 
 /// Words of the additive feedback generator: x³¹ + x³ + 1 (`TYPE_3`).
 const DEGREE: usize = 31;
@@ -40,6 +41,8 @@ pub struct CLibrary {
     old: UnsafeCell<[c_ushort; 3]>,
     /// What `inet_ntoa` gives.
     address: UnsafeCell<[c_char; 18]>,
+    /// What `gmtime` and `localtime` give: `struct tm`.
+    broken_down: UnsafeCell<[u64; 7]>,
     /// `setenv`: the array that it made, and how many entries fit.
     pub(crate) environment: Cell<u64>,
     pub(crate) environment_room: Cell<u64>,
@@ -60,6 +63,7 @@ impl CLibrary {
             increment: Cell::new(0),
             old: UnsafeCell::new([0; 3]),
             address: UnsafeCell::new([0; 18]),
+            broken_down: UnsafeCell::new([0; 7]),
             environment: Cell::new(0),
             environment_room: Cell::new(0),
         }
@@ -298,6 +302,16 @@ given! {
         }
         state.token.set(at as u64);
         if ended && at == token { ptr::null_mut() } else { token }
+    }
+    /// `gmtime`.
+    fn ng_gmtime(time: *const i64) -> *mut c_void = |state| {
+        worker().gmtime_r(time, state.broken_down.get().cast())
+    }
+    /// `localtime`: unlike `localtime_r` it looks at `TZ` each time.
+    fn ng_localtime(time: *const i64) -> *mut c_void = |state| {
+        let worker = worker();
+        worker.tzset();
+        worker.localtime_r(time, state.broken_down.get().cast())
     }
     /// `inet_ntoa`: the address is in network order, a byte after the other.
     fn ng_inet_ntoa(address: u32) -> *const c_char = |state| {

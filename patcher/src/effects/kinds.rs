@@ -107,7 +107,7 @@ pub(super) const KINDS: &[(&str, &str, &str)] = &[
     (
         "static-results",
         "overwrites a result of the C library that the caller may still look at",
-        "localtime gmtime asctime ctime strerror strsignal getpwnam getpwuid getgrnam getgrgid getspnam \
+        "asctime ctime strerror strsignal getpwnam getpwuid getgrnam getgrgid getspnam \
          gethostbyname gethostbyname2 gethostbyaddr getservbyname getservbyport getprotobyname \
          getprotobynumber getnetbyname getnetbyaddr ether_ntoa ether_aton ttyname ctermid cuserid \
          getlogin ptsname crypt l64a tmpnam readdir readdir64 setlocale localeconv getmntent fgetpwent \

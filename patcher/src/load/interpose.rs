@@ -40,6 +40,8 @@ pub const FUNCTIONS: &[Function] = &[
     function("srand48", "ng_srand48", 1),
     function("seed48", "ng_seed48", 1),
     function("lcong48", "ng_lcong48", 1),
+    function("gmtime", "ng_gmtime", 1),
+    function("localtime", "ng_localtime", 1),
     function("inet_ntoa", "ng_inet_ntoa", 1),
     function("pthread_setspecific", "ng_setspecific", 2),
     function("tss_set", "ng_tss_set", 2),

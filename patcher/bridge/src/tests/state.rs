@@ -207,6 +207,62 @@ fn addresses_are_written_as_by_the_c_library() {
     }
 }
 
+#[test]
+fn times_are_broken_down_apart_from_the_c_library_s() {
+    let world = world();
+    let m = module(&world);
+    // SAFETY: as above; the functions of the C library that share a buffer.
+    unsafe {
+        for time in [0_i64, 1_700_000_000, -1, 253_402_300_800] {
+            let other = 86_400_i64;
+            let theirs = libc::gmtime(&other);
+            let before = (*theirs).tm_mday;
+            for (ours, expected) in [
+                (
+                    ng_gmtime(&time, m),
+                    libc::gmtime_r as unsafe extern "C" fn(_, _) -> _,
+                ),
+                (ng_localtime(&time, m), libc::localtime_r),
+            ] {
+                let ours = &*ours.cast::<libc::tm>();
+                let mut tm: libc::tm = std::mem::zeroed();
+                expected(&time, &mut tm);
+                assert_eq!(
+                    (
+                        ours.tm_sec,
+                        ours.tm_min,
+                        ours.tm_hour,
+                        ours.tm_mday,
+                        ours.tm_mon
+                    ),
+                    (tm.tm_sec, tm.tm_min, tm.tm_hour, tm.tm_mday, tm.tm_mon)
+                );
+                assert_eq!(
+                    (
+                        ours.tm_year,
+                        ours.tm_wday,
+                        ours.tm_yday,
+                        ours.tm_isdst,
+                        ours.tm_gmtoff
+                    ),
+                    (
+                        tm.tm_year,
+                        tm.tm_wday,
+                        tm.tm_yday,
+                        tm.tm_isdst,
+                        tm.tm_gmtoff
+                    )
+                );
+            }
+            assert_eq!((*theirs).tm_mday, before);
+        }
+        // A year that no `int` holds.
+        assert!(ng_gmtime(&i64::MAX, m).is_null());
+        assert_eq!(errno(), libc::EOVERFLOW);
+    }
+    assert_eq!(size_of::<libc::tm>(), 56);
+}
+
 /// The world's environment, as its image sees it.
 fn entries(world: &World) -> Vec<String> {
     let mut all = Vec::new();
