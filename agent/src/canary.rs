@@ -290,6 +290,8 @@ mod tests {
             state,
             failure: None,
             sites: vec![0x1000],
+            routine: false,
+            seen: Vec::new(),
             counters: EdgeCounters {
                 fused_calls: fused,
                 rpc: RpcReasons {

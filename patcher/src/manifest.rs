@@ -13,10 +13,11 @@ use std::collections::BTreeMap;
 use std::mem::offset_of;
 
 use nightgraft_bridge::abi::{
-    BRIDGE_VERSION, CONTROL_NAME, Control, Graft, MAGIC, MANIFEST_SLOT, STATE_FAILED,
+    self, BRIDGE_VERSION, CONTROL_NAME, Control, Graft, MAGIC, MANIFEST_SLOT, STATE_FAILED,
 };
 use serde::{Deserialize, Serialize};
 
+use crate::code::Seen;
 use crate::refused::Refused;
 use crate::snapshot::{Map, Memory, SnapshotError};
 
@@ -36,6 +37,8 @@ pub struct BridgeAddresses {
     pub enter: u64,
     /// `ng_hook`.
     pub hook: u64,
+    /// `ng_routine`.
+    pub routine: u64,
     /// What images are bound to, by the bridge's names.
     pub exports: BTreeMap<String, u64>,
 }
@@ -51,11 +54,17 @@ pub struct WindowRecord {
     /// Our bytes.
     #[serde(with = "hex_bytes")]
     pub after: Vec<u8>,
-    /// It is the entry of `faas_func_call`; else a site.
+    /// It is the entry of `faas_func_call`; else a site, or `routine`.
     pub entry: bool,
+    /// It is the entry of the worker's own `invoke_func`, in its executable.
+    #[serde(default)]
+    pub routine: bool,
+    /// A site that was seen at run time: any name can pass it.
+    #[serde(default)]
+    pub dynamic: bool,
     /// A call (its return address is the window's end), not a jump.
     pub call: bool,
-    /// The site record in the worker's memory; 0 for the entry.
+    /// The site's (or routine's) record in the worker's memory; 0 for the entry.
     pub site: u64,
     /// Where the original instructions went: offset in the window, live
     /// address in the stub.
@@ -67,6 +76,18 @@ pub struct WindowRecord {
 }
 
 impl WindowRecord {
+    /// Whether it serves calls of every callee: it goes with the last one.
+    #[must_use]
+    pub fn serves_all(&self) -> bool {
+        self.entry || self.routine || self.dynamic
+    }
+
+    /// Whether calls of `callee` pass it.
+    #[must_use]
+    pub fn passed_by(&self, callee: &str) -> bool {
+        self.routine || self.dynamic || self.names.iter().any(|n| n == callee)
+    }
+
     /// First address behind the window.
     #[must_use]
     pub fn end(&self) -> u64 {
@@ -149,13 +170,13 @@ impl Manifest {
     /// Live address of a graft's gate byte.
     #[must_use]
     pub fn gate(&self, graft: &GraftRecord) -> u64 {
-        self.edge(graft) + offset_of!(nightgraft_bridge::abi::SharedEdge, gate) as u64
+        self.edge(graft) + offset_of!(abi::SharedEdge, gate) as u64
     }
 
     /// Live address of a graft's gate and counters.
     #[must_use]
     pub fn edge(&self, graft: &GraftRecord) -> u64 {
-        let size = size_of::<nightgraft_bridge::abi::SharedEdge>() as u64;
+        let size = size_of::<abi::SharedEdge>() as u64;
         self.control + offset_of!(Control, edges) as u64 + graft.index as u64 * size
     }
 
@@ -179,6 +200,17 @@ impl Manifest {
     }
 }
 
+/// A call of a known callee that came through the routine's entry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SeenCall {
+    /// The call, as the bridge noted it.
+    pub seen: Seen,
+    /// Which grafts it meant: bit `i` is the one with `index` `i`.
+    pub grafts: u64,
+    /// How often it came by.
+    pub count: u64,
+}
+
 /// What a worker holds, as found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Present {
@@ -192,6 +224,8 @@ pub struct Present {
     pub states: Vec<u8>,
     /// Per graft of the record: its gate.
     pub gates: Vec<bool>,
+    /// Calls that came through the entry of the worker's own routine.
+    pub seen: Vec<SeenCall>,
 }
 
 impl Present {
@@ -199,6 +233,19 @@ impl Present {
     #[must_use]
     pub fn in_place(&self, index: usize) -> bool {
         self.live[index] == self.manifest.windows[index].after
+    }
+
+    /// Calls of a graft that came through the routine's entry from where no
+    /// window is in place.
+    pub fn unresolved(&self, graft: &GraftRecord) -> impl Iterator<Item = &SeenCall> {
+        let bit = 1_u64 << (graft.index % 64);
+        self.seen.iter().filter(move |call| {
+            let window = (0..self.manifest.windows.len()).any(|i| {
+                let w = &self.manifest.windows[i];
+                w.call && w.end() == call.seen.return_address && self.in_place(i)
+            });
+            call.grafts & bit != 0 && !window
+        })
     }
 
     /// Whether graft `index` failed to initialise.
@@ -332,13 +379,46 @@ fn present(
         memory.read(manifest.gate(graft), &mut byte)?;
         gates.push(byte[0] != 0);
     }
+    let seen = if manifest.windows.iter().any(|w| w.routine) {
+        seen_calls(control, memory)?
+    } else {
+        Vec::new()
+    };
     Ok(Present {
         manifest,
         slot,
         live,
         states,
         gates,
+        seen,
     })
+}
+
+/// The table of calls that the bridge keeps.
+fn seen_calls(control: u64, memory: &dyn Memory) -> Result<Vec<SeenCall>, SnapshotError> {
+    const ENTRY: usize = size_of::<abi::Seen>();
+    let mut bytes = vec![0; ENTRY * abi::SEEN];
+    memory.read(control + offset_of!(Control, seen) as u64, &mut bytes)?;
+    let calls = bytes.chunks_exact(ENTRY).filter_map(|entry| {
+        let word = |at: usize| {
+            let bytes = entry.get(at..at + 8)?;
+            Some(u64::from_le_bytes(bytes.try_into().ok()?))
+        };
+        let return_address = word(offset_of!(abi::Seen, address))?;
+        let mut registers = [0; abi::SEEN_REGISTERS];
+        for (number, register) in registers.iter_mut().enumerate() {
+            *register = word(offset_of!(abi::Seen, registers) + 8 * number)?;
+        }
+        (return_address != 0).then_some(SeenCall {
+            seen: Seen {
+                return_address,
+                registers,
+            },
+            grafts: word(offset_of!(abi::Seen, grafts))?,
+            count: word(offset_of!(abi::Seen, count))?,
+        })
+    });
+    Ok(calls.collect())
 }
 
 /// Address of slot 1 or 2.
@@ -361,16 +441,12 @@ fn check(manifest: &Manifest, control: u64, maps: &[Map]) -> Result<(), String> 
         maps.iter()
             .any(|m| start >= m.start && start + len <= m.end && (!code || m.executable))
     };
-    if manifest.control != control
-        || !ours(
-            manifest.worker,
-            size_of::<nightgraft_bridge::abi::Worker>() as u64,
-        )
-    {
+    if manifest.control != control || !ours(manifest.worker, size_of::<abi::Worker>() as u64) {
         return Err("a record that does not fit its place".into());
     }
-    let routines = [manifest.bridge.enter, manifest.bridge.hook];
-    for routine in routines.iter().chain(manifest.bridge.exports.values()) {
+    let bridge = &manifest.bridge;
+    let routines = [bridge.enter, bridge.hook, bridge.routine];
+    for routine in routines.iter().chain(bridge.exports.values()) {
         if !ours(*routine, 1) || !mapped(*routine, 1, true) {
             return Err(format!(
                 "a record of a bridge's routine at {routine:#x}, which is no code of ours"
@@ -379,7 +455,10 @@ fn check(manifest: &Manifest, control: u64, maps: &[Map]) -> Result<(), String> 
     }
     for w in &manifest.windows {
         let len = w.before.len() as u64;
-        let sane = w.before.len() == w.after.len() && (5..=64).contains(&len);
+        let roles = [w.entry, w.routine, w.dynamic];
+        let sane = w.before.len() == w.after.len()
+            && (5..=64).contains(&len)
+            && roles.iter().filter(|is| **is).count() <= 1;
         if !sane
             || w.address > u64::MAX - 64
             || ours(w.address, len)
@@ -398,9 +477,7 @@ fn check(manifest: &Manifest, control: u64, maps: &[Map]) -> Result<(), String> 
         }
     }
     for g in &manifest.grafts {
-        if g.index.max(g.slot) >= nightgraft_bridge::abi::MAX_GRAFTS
-            || !ours(g.graft, size_of::<Graft>() as u64)
-        {
+        if g.index.max(g.slot) >= abi::MAX_GRAFTS || !ours(g.graft, size_of::<Graft>() as u64) {
             return Err(format!(
                 "a record of {} at {:#x}, which is not ours",
                 g.callee, g.graft
@@ -456,6 +533,7 @@ mod tests {
             bridge: BridgeAddresses {
                 enter: 0x20_8000,
                 hook: 0x20_8100,
+                routine: 0x20_8180,
                 exports: BTreeMap::from([("ng_getenv".into(), 0x20_8200)]),
             },
             regions: vec![Region {
@@ -467,6 +545,8 @@ mod tests {
                 before: vec![0x49, 0x89, 0xe0, 0xff, 0x55, 0x08],
                 after: vec![0x90, 0xe8, 0, 0, 0, 0],
                 entry: false,
+                routine: false,
+                dynamic: false,
                 call: true,
                 site: 0x20_4000,
                 copies: vec![(0, 0x20_9000), (3, 0x20_9005)],

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::effects::EffectsSeen;
+
 /// Defines the enum together with each refusal's stable code and what lifts
 /// it, so that none can be forgotten.
 macro_rules! refusals {
@@ -26,8 +28,9 @@ macro_rules! refusals {
 
             /// What would lift the refusal.
             #[must_use]
-            pub fn lift(&self) -> &'static str {
-                match self { $(Refused::$name { .. } => $lift,)* }
+            #[expect(unused_variables, reason = "few texts name a field")]
+            pub fn lift(&self) -> String {
+                match self { $(Refused::$name { $($field),* } => format!($lift),)* }
             }
         }
     };
@@ -61,6 +64,16 @@ refusals! {
         reason: String,
     } = "no-entry-window", "the entry of faas_func_call in {library} cannot be rewritten: {reason}",
         "compile the caller with other optimisation flags";
+    /// A call of the callee cannot be rewritten in place, and neither can the
+    /// entry of the worker's own routine, through which it would go instead.
+    NoRoutineWindow {
+        /// The worker's executable.
+        executable: String,
+        /// What is in the way.
+        reason: String,
+    } = "no-routine-window",
+        "not every call that may be for the callee can be rewritten, nor can the entry of invoke_func in {executable}: {reason}",
+        "pass the name as a string constant at the call, or use a func_worker_v1 compiled with other optimisation flags";
     /// Code of the caller could not be analysed.
     Analysis {
         /// The caller's library.
@@ -74,7 +87,7 @@ refusals! {
         executable: String,
         /// How many candidates there are.
         found: usize,
-    } = "no-invoke-routine", "{executable} has {found} symbols for FuncWorker::InvokeFuncWrapper where one is needed",
+    } = "no-invoke-routine", "{executable} has no symbol for FuncWorker::InvokeFuncWrapper, and {found} functions where one is needed that it may pass to faas_create_func_worker as invoke_func",
         "use a func_worker_v1 that is not stripped";
     /// What should make the call is not fused itself.
     NotFused {
@@ -191,7 +204,17 @@ refusals! {
         /// The function or variable that the callee imports.
         symbol: String,
     } = "shared-state", "{library} and {caller} would share the hidden state of {symbol}",
-        "use the re-entrant function in either of them (strtok_r, hsearch_r, getpwent_r, ...)";
+        "use the re-entrant function in either of them (hsearch_r, getpwent_r, ...)";
+    /// The callee may touch what is the caller's, and that is not allowed.
+    Effects {
+        /// The callee's library.
+        library: String,
+        /// What it shows and is not allowed.
+        seen: EffectsSeen,
+        /// Everything that needs to be allowed, as `--allow-effects` takes it.
+        flag: String,
+    } = "effects", "fused, {library} would use the caller's, which nobody allowed: {seen}",
+        "if that may be the caller's, patch with --allow-effects {flag}, or have allow-effects say so for the edge in the agent's configuration";
     /// A relocation that is not supported.
     UnsupportedRelocation {
         /// The callee's library.

@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::effects::Effect;
+
 /// The state of a callee inside one caller's worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -74,6 +76,13 @@ pub struct GraftStatus {
     pub failure: Option<String>,
     /// Addresses of the sites in the worker.
     pub sites: Vec<u64>,
+    /// Whether the entry of the worker's own routine leads to it as well.
+    #[serde(default)]
+    pub routine: bool,
+    /// Return addresses of the calls that came through that entry, from sites
+    /// that are not rewritten.
+    #[serde(default)]
+    pub seen: Vec<u64>,
     /// Counters.
     pub counters: EdgeCounters,
 }
@@ -121,6 +130,13 @@ pub struct PatchReceipt {
     pub already: bool,
     /// The image was there from an earlier patch and was used again.
     pub image_reused: bool,
+    /// Calls that are known to reach the callee through the entry of the
+    /// worker's own routine, as their sites cannot be rewritten; `None` where
+    /// that entry is left alone.
+    #[serde(default)]
+    pub through_routine: Option<usize>,
+    /// What the callee may touch that is the caller's.
+    pub effects: Vec<Effect>,
     /// Windows written, read back.
     pub sites: Vec<SiteProof>,
     /// Nanoseconds of the stop in which the windows were written: from the

@@ -4,14 +4,15 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use crate::apply::{self, ApplyError, Limits};
-use crate::code::CodeMap;
+use crate::code::{CodeMap, Live};
+use crate::effects::Allowance;
 use crate::elf::Image;
 use crate::manifest::{self, FindError, Present};
 use crate::plan::{self, Input, PatchPlan};
 use crate::refused::Refused;
 use crate::report::{PatchReceipt, RevertReceipt, WorkerStatus};
 use crate::room::memory_room;
-use crate::snapshot::{Map, ProcMemory, SnapshotError, Worker};
+use crate::snapshot::{Map, Memory, ProcMemory, SnapshotError, Worker, invoke_routines};
 use crate::status::status;
 
 /// The bridge, compiled into the agent.
@@ -109,25 +110,37 @@ fn bridge() -> Result<Arc<Image>, Failure> {
 }
 
 /// Plans the fusing of `name` (whose worker is `callee`) into `caller`,
-/// without touching either.
+/// without touching either. Effects that are not `allowed` are no refusal here:
+/// see [`PatchPlan::refusal`].
 ///
 /// # Errors
-/// A refusal, or a worker that cannot be read.
+/// Another refusal, or a worker that cannot be read.
 pub fn explain(
     caller: Function<'_>,
     callee: Function<'_>,
     name: &str,
+    allowed: Allowance,
 ) -> Result<PatchPlan, Failure> {
     let callee = callee.read()?;
-    planned(caller, &callee, name)
+    planned(caller, &callee, name, allowed)
 }
 
-fn planned(caller: Function<'_>, callee: &Worker, name: &str) -> Result<PatchPlan, Failure> {
+fn planned(
+    caller: Function<'_>,
+    callee: &Worker,
+    name: &str,
+    allowed: Allowance,
+) -> Result<PatchPlan, Failure> {
     let caller = caller.read()?;
     let code: CodeMap = plan::analyse(caller.function())?;
     let memory = ProcMemory::open(caller.pid)?;
     let present = manifest::find(caller.pid, caller.start_time, &caller.maps, &memory)?;
     let bridge = bridge()?;
+    let invoke = routine(&caller, &memory);
+    let live = LiveWorker {
+        maps: &caller.maps,
+        memory: &memory,
+    };
     Ok(plan::plan(&Input {
         caller: &caller,
         code: &code,
@@ -136,10 +149,52 @@ fn planned(caller: Function<'_>, callee: &Worker, name: &str) -> Result<PatchPla
         present: present.as_ref(),
         bridge: &bridge,
         memory_room: memory_room(caller.pid),
+        invoke: &invoke,
+        live: &live,
+        allowed,
     })?)
 }
 
-/// Fuses `name` into one worker.
+/// The worker's own `invoke_func`.
+fn routine(worker: &Worker, memory: &dyn Memory) -> Result<u64, Refused> {
+    match invoke_routines(worker, memory).as_slice() {
+        [one] => Ok(*one),
+        several => Err(Refused::NoInvokeRoutine {
+            executable: worker.executable().path.clone(),
+            found: several.len(),
+        }),
+    }
+}
+
+/// The caller's worker while it runs on.
+struct LiveWorker<'a> {
+    maps: &'a [Map],
+    memory: &'a dyn Memory,
+}
+
+impl LiveWorker<'_> {
+    fn map(&self, at: u64) -> Option<&Map> {
+        let index = self.maps.partition_point(|m| m.end <= at);
+        self.maps.get(index).filter(|m| m.start <= at)
+    }
+}
+
+impl Live for LiveWorker<'_> {
+    fn word(&self, at: u64) -> Option<u64> {
+        self.memory.u64(at).ok()
+    }
+
+    fn is_code(&self, at: u64) -> bool {
+        self.map(at).is_some_and(|m| m.executable)
+    }
+
+    fn is_stack(&self, at: u64) -> bool {
+        self.map(at).is_some_and(|m| m.name == "[stack]")
+    }
+}
+
+/// Fuses `name` into one worker, if it shows no guarded effect but those
+/// `allowed`; that holds for an edge that is fused already as well.
 ///
 /// # Errors
 /// See [`Failure`].
@@ -147,12 +202,16 @@ pub fn patch(
     caller: Function<'_>,
     callee: Function<'_>,
     name: &str,
+    allowed: Allowance,
     limits: &Limits,
 ) -> Result<PatchReceipt, Failure> {
     let callee = callee.read()?;
     let mut tries = 1;
     loop {
-        let plan = planned(caller, &callee, name)?;
+        let plan = planned(caller, &callee, name, allowed)?;
+        if let Some(refused) = plan.refusal() {
+            return Err(Failure::Refused(refused));
+        }
         match apply::apply(&plan, limits) {
             Err(ApplyError::Occupied { .. }) if tries < TRIES => tries += 1,
             other => return Ok(other?),

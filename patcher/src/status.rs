@@ -33,12 +33,12 @@ pub fn status(present: &Present, memory: &dyn Memory) -> Result<WorkerStatus, Sn
         .filter(|(_, g)| !g.replaced)
     {
         let sites: Vec<usize> = (0..manifest.windows.len())
-            .filter(|i| {
-                let names = &manifest.windows[*i].names;
-                names.iter().any(|name| name == graft.outermost())
-            })
+            .filter(|i| manifest.windows[*i].passed_by(graft.outermost()))
             .collect();
         let windows_in_place = !sites.is_empty() && sites.iter().all(|i| present.in_place(*i));
+        let routine = sites
+            .iter()
+            .any(|i| manifest.windows[*i].routine && present.in_place(*i));
         grafts.push(GraftStatus {
             callee: graft.callee.clone(),
             build_id: graft.build_id.clone(),
@@ -53,7 +53,13 @@ pub fn status(present: &Present, memory: &dyn Memory) -> Result<WorkerStatus, Sn
             failure: failure(graft, present.states[index], memory)?,
             sites: sites
                 .into_iter()
+                .filter(|i| !manifest.windows[*i].routine)
                 .map(|i| manifest.windows[i].address)
+                .collect(),
+            routine,
+            seen: present
+                .unresolved(graft)
+                .map(|call| call.seen.return_address)
                 .collect(),
             counters: counters(manifest, graft, &common, memory)?,
         });

@@ -14,7 +14,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 /// Debian packages that [`compile`] and the demo need.
-pub const DEBIAN_PACKAGES: &[&str] = &["gcc", "libc6-dev", "clang"];
+pub const DEBIAN_PACKAGES: &[&str] = &["gcc", "g++", "libc6-dev", "clang"];
 /// Debian packages that the Docker runtime needs beside these.
 pub const DEBIAN_PACKAGES_FOR_DOCKER: &[&str] = &["docker.io"];
 /// Where libraries are kept, if not below the target directory.
@@ -28,6 +28,8 @@ const SOURCES: &[(&str, &str)] = &[
     ("foo.c", include_str!("../fixtures/foo.c")),
     ("bar.c", include_str!("../fixtures/bar.c")),
     ("baz.c", include_str!("../fixtures/baz.c")),
+    ("dynamic.c", include_str!("../fixtures/dynamic.c")),
+    ("named.c", include_str!("../fixtures/named.c")),
     ("foobar_fused.c", include_str!("../fixtures/foobar_fused.c")),
 ];
 
@@ -38,6 +40,10 @@ pub enum Compiler {
     Gcc,
     /// LLVM's.
     Clang,
+    /// GNU's, for C++.
+    Gxx,
+    /// LLVM's, for C++.
+    Clangxx,
 }
 
 impl Compiler {
@@ -46,6 +52,16 @@ impl Compiler {
         match self {
             Self::Gcc => "gcc",
             Self::Clang => "clang",
+            Self::Gxx => "g++",
+            Self::Clangxx => "clang++",
+        }
+    }
+
+    /// What it must be told about a source whose name ends in `.c`.
+    fn language(self) -> &'static [&'static str] {
+        match self {
+            Self::Gcc | Self::Clang => &[],
+            Self::Gxx | Self::Clangxx => &["-x", "c++", "-std=c++17"],
         }
     }
 }
@@ -97,6 +113,7 @@ fn build(
     let output = Command::new(compiler.program())
         .current_dir(work.path())
         .args(["-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"])
+        .args(compiler.language())
         .args(flags)
         .arg("-o")
         .arg(format!("lib{stem}.so"))

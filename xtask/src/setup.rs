@@ -24,6 +24,10 @@ const FIXTURES: &[Needed] = &[
     ("binutils", "/usr/bin/ld.gold"),
     ("lld", "/usr/bin/ld.lld"),
     ("llvm", "/usr/bin/llvm-profdata"),
+    (
+        "libclang-rt-14-dev",
+        "/usr/lib/llvm-14/lib/clang/14.0.6/lib/linux/libclang_rt.profile-x86_64.a",
+    ),
     ("bolt-16", "/usr/bin/llvm-bolt-16"),
     ("patchelf", "/usr/bin/patchelf"),
     ("musl-tools", "/usr/bin/musl-gcc"),

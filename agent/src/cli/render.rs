@@ -189,6 +189,17 @@ pub(super) fn status(status: &Status) -> String {
     text.push_str(&table(header, rows));
     for edge in &status.edges {
         for worker in &edge.workers {
+            if worker.graft.routine && worker.graft.windows_in_place {
+                let _ = writeln!(
+                    text,
+                    "worker {}: {}: {} in place; other calls go through the entry of its own \
+                     invoke_func ({} seen)",
+                    worker.pid,
+                    clean(&edge.callee),
+                    plural(worker.graft.sites.len(), "site"),
+                    plural(worker.graft.seen.len(), "call site")
+                );
+            }
             if let Some(failure) = &worker.graft.failure {
                 let _ = writeln!(
                     text,
@@ -290,6 +301,7 @@ pub(super) fn patched(report: &PatchReport) -> String {
     for worker in &report.workers {
         if let Some(receipt) = worker.receipt.as_ref().filter(|_| in_place(&worker)) {
             sites(&mut text, worker.pid, &receipt.sites);
+            routine(&mut text, worker.pid, receipt.through_routine);
             disturbed(&mut text, worker.pid, &receipt.disturbed);
         }
         match &worker.outcome {
@@ -301,6 +313,12 @@ pub(super) fn patched(report: &PatchReport) -> String {
             }
             _ => {}
         }
+    }
+    // The same in each worker: it is one callee.
+    let mut receipts = report.workers.iter().filter_map(|w| w.receipt.as_ref());
+    if let Some(receipt) = receipts.next().filter(|r| !r.effects.is_empty()) {
+        let effects = nightgraft_patcher::effects::report(&report.callee, &receipt.effects);
+        text.push_str(&clean_lines(&effects));
     }
     notes(&mut text, &report.notes);
     text
@@ -359,6 +377,19 @@ fn proof(proof: &Proof) -> String {
 fn stops(stops: &[u64]) -> String {
     let sum = stops.iter().fold(0_u64, |sum, ns| sum.saturating_add(*ns));
     format!("{} in {}", nanos(sum), stops.len())
+}
+
+/// Whether calls also reach the callee without a site of their own.
+fn routine(text: &mut String, pid: i32, calls: Option<usize>) {
+    let known = match calls {
+        None => return,
+        Some(0) => "none is known yet that needs it".to_owned(),
+        Some(calls) => format!("{} known to need it", plural(calls, "call")),
+    };
+    let _ = writeln!(
+        text,
+        "worker {pid}: other calls go through the entry of its own invoke_func ({known})"
+    );
 }
 
 fn sites(text: &mut String, pid: i32, sites: &[SiteProof]) {

@@ -7,6 +7,9 @@
 //!   touched)
 //! ```
 //!
+//! Where calls were seen meanwhile to come through the entry of the worker's own
+//! routine, their sites are rewritten last ([`super::seen`]).
+//!
 //! The canary is the worker that has used most processor time: a node under
 //! light load gives all calls to one, and only where there are calls is there
 //! proof. A worker that exits before or during its own patch is reported and the next
@@ -17,12 +20,14 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use super::read::{mixed_builds, newest_first, other_kinds};
-use super::{Context, canary_wait};
+use super::{Context, canary_wait, seen};
 use crate::api::{PatchOutcome, PatchReport, PatchRequest, PatchedWorker};
 use crate::canary::{self, Watch, Watched};
 use crate::discover::{self, Node, tracer_of};
 use crate::error::{AgentError, graft_info};
-use crate::grafter::{CalleeState, EdgeCounters, GraftError, GraftStatus, PatchReceipt, Target};
+use crate::grafter::{
+    Allowance, CalleeState, EdgeCounters, Explained, GraftError, GraftStatus, PatchReceipt, Target,
+};
 use crate::select;
 
 /// Fuses `request.callee` into every native worker of `request.caller`.
@@ -46,6 +51,11 @@ pub fn patch(
     // The busiest first: a canary that nobody calls proves nothing.
     callers.sort_by_key(|(worker, _)| (std::cmp::Reverse(worker.cpu_ticks), worker.pid));
     let callees = select::native_workers(callee)?;
+    let asked = Allowance::of(request.allow_effects.iter().map(String::as_str)).map_err(|e| {
+        AgentError::BadRequest {
+            detail: format!("allow_effects: {e}"),
+        }
+    })?;
     context.require_capabilities()?;
     let mut edge = Edge {
         context,
@@ -53,6 +63,7 @@ pub fn patch(
             .into_iter()
             .map(|(_, target)| target.clone())
             .collect(),
+        allowed: asked.and(context.policy.allowed(&caller.label(), &callee.label())),
         name,
         bound: canary_wait(request.canary_wait_ms),
     };
@@ -113,6 +124,12 @@ pub fn patch(
         }
     }
     workers.extend(edge.watch(watched));
+    let targets: Vec<Target> = callers.iter().map(|(_, target)| target.clone()).collect();
+    let name = edge.name.clone();
+    let notes = seen::rewrite(context.grafter, &name, &targets, &mut workers, |target| {
+        edge.patch_target(target)
+    });
+    report.notes.extend(notes);
     report.workers = workers;
     conclude(report)
 }
@@ -231,6 +248,8 @@ struct Edge<'a> {
     /// Workers of the callee, the one to be read first.
     callees: Vec<Target>,
     name: String,
+    /// What the callee may touch that is the caller's.
+    allowed: Allowance,
     bound: Duration,
 }
 
@@ -287,26 +306,36 @@ impl Edge<'_> {
     fn plan(&mut self, target: &Target) -> Result<(), AgentError> {
         let name = self.name.clone();
         let grafter = self.context.grafter;
-        match self.with_callee(|callee| grafter.explain(target, callee, &name)) {
+        let allowed = self.allowed;
+        match self.with_callee(|callee| grafter.explain(target, callee, &name, allowed)) {
+            Ok(Explained {
+                refused: Some(refused),
+                ..
+            }) => Err(GraftError::from(refused).into()),
             Ok(_) | Err(GraftError::WorkerGone { .. }) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
 
     fn patch_one(&mut self, one: &Todo<'_>) -> Result<PatchReceipt, GraftError> {
+        self.patch_target(&one.target)
+    }
+
+    fn patch_target(&mut self, target: &Target) -> Result<PatchReceipt, GraftError> {
         let name = self.name.clone();
         let grafter = self.context.grafter;
-        let result = self.with_callee(|callee| grafter.patch(&one.target, callee, &name));
+        let allowed = self.allowed;
+        let result = self.with_callee(|callee| grafter.patch(target, callee, &name, allowed));
         match &result {
             Ok(receipt) => tracing::info!(
-                pid = one.worker.pid,
+                pid = target.pid,
                 callee = name,
                 already = receipt.already,
                 commit_stop_ns = receipt.commit_stop_ns,
                 "patched"
             ),
             Err(error) => {
-                tracing::warn!(pid = one.worker.pid, callee = name, %error, "not patched");
+                tracing::warn!(pid = target.pid, callee = name, %error, "not patched");
             }
         }
         result

@@ -9,10 +9,13 @@
 //!  Worker (private) ─ grafts[i] ─► Graft ─┘ (private; one per callee)
 //!                                    └─ modules[i] ─► Module (private; one per image)
 //!  Site (private; one per rewritten call) ─► inline cache ─► Graft
+//!  Routine (private; at invoke_func's entry) ─► Worker ─ names ─► Graft
 //! ```
 
 use core::cell::Cell;
 use core::sync::atomic::{AtomicU8, AtomicU64};
+
+use crate::state::CLibrary;
 
 /// First bytes of a [`Control`] area.
 pub const MAGIC: [u8; 8] = *b"NGRAFT\0\x01";
@@ -103,6 +106,14 @@ pub enum Import {
     Dlerror,
     /// `dlinfo`.
     Dlinfo,
+    /// `__errno_location`.
+    ErrnoLocation,
+    /// `gmtime_r`.
+    GmtimeR,
+    /// `localtime_r`.
+    LocaltimeR,
+    /// `tzset`.
+    Tzset,
     /// libgcc_s: `__register_frame`.
     RegisterFrame,
     /// libgcc_s: `_Unwind_Resume`.
@@ -123,7 +134,7 @@ pub enum Import {
 
 /// Names of [`Import`]s, in their order. From `RegisterFrame` on they are 0 in
 /// a worker that has no such library; the ones before it are always there.
-pub const IMPORTS: [&str; 27] = [
+pub const IMPORTS: [&str; 31] = [
     "pthread_create",
     "pthread_detach",
     "pthread_key_create",
@@ -143,6 +154,10 @@ pub const IMPORTS: [&str; 27] = [
     "dlvsym",
     "dlerror",
     "dlinfo",
+    "__errno_location",
+    "gmtime_r",
+    "localtime_r",
+    "tzset",
     "__register_frame",
     "_Unwind_Resume",
     "_Unwind_SetGR",
@@ -196,6 +211,29 @@ pub struct SharedEdge {
 /// Of how many fused calls one is timed.
 pub const SAMPLE_EVERY: u64 = 1024;
 
+/// Entries of [`Control::seen`].
+pub const SEEN: usize = 128;
+/// Registers in [`Seen::registers`].
+pub const SEEN_REGISTERS: usize = 16;
+/// Entries of [`Worker::names`]: twice as many as there can be grafts.
+pub const NAME_SLOTS: usize = 2 * MAX_GRAFTS;
+
+/// Calls with one return address. Written by the worker's thread alone; the
+/// address last, once.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub struct Seen {
+    /// The return address, 0 for none yet.
+    pub address: AtomicU64,
+    /// Calls.
+    pub count: AtomicU64,
+    /// Bit `i` is set if a call meant the graft with [`Graft::index`] `i`.
+    pub grafts: AtomicU64,
+    /// The general registers at the first call, by their number in the
+    /// encoding, `rsp` as before the call: they tell what was called.
+    pub registers: [AtomicU64; SEEN_REGISTERS],
+}
+
 /// The area that the worker shares with its forked children, a memfd named
 /// [`CONTROL_NAME`]. It is how a new agent finds what is there.
 #[repr(C)]
@@ -219,6 +257,9 @@ pub struct Control {
     pub other_thread: AtomicU64,
     /// One per graft, by [`Graft::index`].
     pub edges: [SharedEdge; MAX_GRAFTS],
+    /// Calls of known callees that came through the entry of the worker's own
+    /// routine, by return address; a hash table.
+    pub seen: [Seen; SEEN],
     /// Each slot: length (u32 little-endian), CRC-32 of the text, the text.
     pub slots: [[u8; MANIFEST_SLOT]; 2],
 }
@@ -274,6 +315,23 @@ pub struct Worker {
     pub xsave_len: Cell<u64>,
     /// Addresses of [`Graft`]s.
     pub grafts: [u64; MAX_GRAFTS],
+    /// Hash table of the grafts' names: places in `grafts`, plus one; 0 for
+    /// none. Made by [`crate::names::fill`], stored while the worker is stopped.
+    pub names: [u8; NAME_SLOTS],
+    /// The displaced entry of `invoke_func`, which goes on behind our window
+    /// there; 0 while there has been none. Stays true when the window is gone.
+    pub resume: AtomicU64,
+}
+
+/// The window at the entry of `invoke_func`; private memory. Its stub carries
+/// the address.
+#[derive(Debug)]
+#[repr(C, align(16))]
+pub struct Routine {
+    /// Address of the [`Worker`].
+    pub worker: u64,
+    /// Where the RPC goes on: as [`Worker::resume`].
+    pub resume: u64,
 }
 
 /// A relocation whose value only the process knows.
@@ -394,6 +452,25 @@ pub struct Module {
     /// Its block on the worker's thread, 0 while that has none: the one that
     /// is found without asking the C library.
     pub home_block: Cell<u64>,
+    /// What `dladdr1` and `dlinfo` show of it; filled in by the bridge.
+    pub link_map: LinkMap,
+}
+
+/// The public head of a `struct link_map` (link.h). Ours are not linked: the
+/// dynamic linker's list is its own.
+#[derive(Debug)]
+#[repr(C)]
+pub struct LinkMap {
+    /// The bias.
+    pub addr: Cell<u64>,
+    /// The path.
+    pub name: Cell<u64>,
+    /// `PT_DYNAMIC`.
+    pub ld: Cell<u64>,
+    /// 0.
+    pub next: u64,
+    /// 0.
+    pub prev: u64,
 }
 
 /// [`Module::initialised`]: its initialisers run (or one of them failed).
@@ -433,12 +510,11 @@ pub struct Graft {
     pub starved: Cell<u8>,
     /// Padding.
     pub pad: u8,
-    /// MXCSR as the initialisers left it.
-    pub mxcsr: Cell<u32>,
-    /// x87 control word as the initialisers left it.
-    pub fpucw: Cell<u32>,
     /// Bytes of `scratch` that are not zero.
     pub scratch_used: Cell<u32>,
+    /// Floating-point modes as the initialisers left them: MXCSR, and in the
+    /// upper half the x87 control word.
+    pub modes: Cell<u64>,
     /// Where inputs go that are too long for `scratch`; 0 for nowhere yet.
     pub large: Cell<u64>,
     /// Bytes mapped at `large`.
@@ -474,8 +550,12 @@ pub struct Graft {
     pub scope_count: u64,
     /// Modules that have thread-local storage.
     pub tls_count: u64,
-    /// Thread key of the tables of blocks, plus one; 0 for none yet.
+    /// Thread key of what each thread has of the graft, plus one; 0 for none
+    /// yet.
     pub tls_key: Cell<u64>,
+    /// Thread pointer of the thread that runs initialisers in `dlopen`, 0 when
+    /// none does.
+    pub opener: AtomicU64,
     /// What the initialisers left to the worker's thread; 0 for nothing.
     pub legacy: Cell<u64>,
     /// Thread pointer of the thread that runs the initialisers, 0 when none.
@@ -488,10 +568,8 @@ pub struct Graft {
     pub outer: Cell<u64>,
     /// Time-stamp counter at the running call's start, 0 if it is not timed.
     pub started: Cell<u64>,
-    /// MXCSR of the running call's caller.
-    pub caller_mxcsr: Cell<u32>,
-    /// x87 control word of the running call's caller.
-    pub caller_fpucw: Cell<u32>,
+    /// Floating-point modes of the running call's caller, as `modes`.
+    pub caller_modes: Cell<u64>,
     /// Given to initialisers: argument count of the callee's own worker.
     pub argc: u64,
     /// Given to initialisers: arguments of the callee's own worker.
@@ -499,6 +577,8 @@ pub struct Graft {
     /// Environment of the callee's own worker, `char **`; also the variable
     /// that `environ` means to the image.
     pub environ: u64,
+    /// Its own of what the C library has once per process.
+    pub c_library: CLibrary,
     /// `FAILURE_…`.
     pub failure: Cell<u32>,
     /// What goes with `failure`.

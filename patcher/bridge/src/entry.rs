@@ -22,7 +22,7 @@ pub struct Frame {
     /// [`crate::abi::Graft`].
     pub record: Cell<u64>,
     /// `rdi`: the caller's context.
-    pub context: u64,
+    pub context: Cell<u64>,
     /// `rsi`: the callee's name.
     pub name: u64,
     /// `rdx`: input.
@@ -39,10 +39,80 @@ pub struct Frame {
     pub r10: u64,
     /// The caller's frame pointer.
     pub rbp: u64,
-    /// The call's original target.
-    pub target: u64,
+    /// The call's original target; where the RPC goes.
+    pub target: Cell<u64>,
     /// The address that the call returns to.
     pub return_address: u64,
+}
+
+/// An entry with this function to decide. The frame is whole where the callee
+/// is called, so that all entries share their landing pads.
+macro_rules! entry {
+    ($prepare:path) => {
+        naked_asm!(
+            ".cfi_startproc",
+            ".cfi_personality 0x1b, {personality}", // pcrel, sdata4
+            ".cfi_adjust_cfa_offset 8", // the target, pushed by the stub
+            "endbr64",
+            "push rbp", // rsp = 8 (mod 16): the return address, the target, rbp
+            ".cfi_adjust_cfa_offset 8",
+            ".cfi_rel_offset rbp, 0",
+            "mov rbp, rsp",
+            ".cfi_def_cfa_register rbp",
+            "push r10",
+            "push rax",
+            "push r9",
+            "push r8",
+            "push rcx",
+            "push rdx",
+            "push rsi",
+            "push rdi",
+            "push r11", // rsp = 0 (mod 16), and a whole Frame
+            "mov rdi, rsp",
+            "call {prepare}",
+            "test rax, rax",
+            "jz 2f",
+            "mov rdi, [rax + {handle}]",
+            "mov rsi, rdx",
+            "mov rdx, [rsp + {input_len}]",
+            "call [rax + {call}]",
+            "mov rdi, rsp",
+            "mov esi, eax",
+            "call {finish}",
+            "mov rsp, rbp",
+            "pop rbp",
+            ".cfi_remember_state",
+            ".cfi_def_cfa rsp, 16",
+            ".cfi_restore rbp",
+            "lea rsp, [rsp + 8]",
+            ".cfi_adjust_cfa_offset -8",
+            "ret",
+            "2:",
+            ".cfi_restore_state",
+            "pop r11",
+            "pop rdi",
+            "pop rsi",
+            "pop rdx",
+            "pop rcx",
+            "pop r8",
+            "pop r9",
+            "pop rax",
+            "pop r10",
+            "pop rbp",
+            ".cfi_def_cfa rsp, 16",
+            ".cfi_restore rbp",
+            "pop r11",
+            ".cfi_adjust_cfa_offset -8",
+            "jmp r11",
+            ".cfi_endproc",
+            personality = sym crate::unwind::enter_personality,
+            prepare = sym $prepare,
+            finish = sym crate::call::finish,
+            handle = const offset_of!(Graft, handle),
+            call = const offset_of!(Graft, call),
+            input_len = const offset_of!(Frame, input_len),
+        )
+    };
 }
 
 /// See the module.
@@ -52,69 +122,17 @@ pub struct Frame {
 #[unsafe(naked)]
 #[cfg_attr(bridge_image, unsafe(no_mangle))]
 pub unsafe extern "C" fn ng_enter() {
-    naked_asm!(
-        ".cfi_startproc",
-        ".cfi_personality 0x1b, {personality}", // pcrel, sdata4
-        ".cfi_adjust_cfa_offset 8", // the target, pushed by the stub
-        "endbr64",
-        "push rbp", // rsp = 8 (mod 16): the return address, the target, rbp
-        ".cfi_adjust_cfa_offset 8",
-        ".cfi_rel_offset rbp, 0",
-        "mov rbp, rsp",
-        ".cfi_def_cfa_register rbp",
-        "push r10",
-        "push rax",
-        "push r9",
-        "push r8",
-        "push rcx",
-        "push rdx",
-        "push rsi",
-        "push rdi",
-        "push r11", // rsp = 0 (mod 16), and a whole Frame
-        "mov rdi, rsp",
-        "call {prepare}",
-        "test rax, rax",
-        "jz 2f",
-        "mov rdi, [rax + {handle}]",
-        "mov rsi, rdx",
-        "mov rdx, [rsp + {input_len}]",
-        "call [rax + {call}]",
-        "mov rdi, rsp",
-        "mov esi, eax",
-        "call {finish}",
-        "mov rsp, rbp",
-        "pop rbp",
-        ".cfi_remember_state",
-        ".cfi_def_cfa rsp, 16",
-        ".cfi_restore rbp",
-        "lea rsp, [rsp + 8]",
-        ".cfi_adjust_cfa_offset -8",
-        "ret",
-        "2:",
-        ".cfi_restore_state",
-        "pop r11",
-        "pop rdi",
-        "pop rsi",
-        "pop rdx",
-        "pop rcx",
-        "pop r8",
-        "pop r9",
-        "pop rax",
-        "pop r10",
-        "pop rbp",
-        ".cfi_def_cfa rsp, 16",
-        ".cfi_restore rbp",
-        "pop r11",
-        ".cfi_adjust_cfa_offset -8",
-        "jmp r11",
-        ".cfi_endproc",
-        personality = sym crate::unwind::enter_personality,
-        prepare = sym crate::call::prepare,
-        finish = sym crate::call::finish,
-        handle = const offset_of!(Graft, handle),
-        call = const offset_of!(Graft, call),
-        input_len = const offset_of!(Frame, input_len),
-    );
+    entry!(crate::call::prepare);
+}
+
+/// The same for a call that a fused callee makes: `r11` is its graft, `[rsp]`
+/// room for the target.
+///
+/// # Safety
+/// Entered by [`crate::call::ng_invoke`] alone.
+#[unsafe(naked)]
+pub(crate) unsafe extern "C" fn ng_nested() {
+    entry!(crate::call::prepare_nested);
 }
 
 /// Where an exception ends that the callee let out: in [`ng_enter`]'s frame,

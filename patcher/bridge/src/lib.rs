@@ -22,9 +22,9 @@
 //! the layouts in [`abi`] and lets tests run the logic in an ordinary process.
 //! Compiled with `--cfg bridge_image` as a `cdylib` (by the patcher's build
 //! script) it is the image itself, with the symbols that the loader looks up:
-//! `ng_enter`, `ng_hook`, `ng_worker`, `ng_tls_get_addr`, the resolvers
-//! `ng_tlsdesc_…`, and what images get instead of functions of the worker's
-//! libraries (`ng_getenv`, `ng_setspecific`, …).
+//! `ng_enter`, `ng_routine`, `ng_hook`, `ng_worker`, `ng_tls_get_addr`, the
+//! resolvers `ng_tlsdesc_…`, and what images get instead of functions of the
+//! worker's libraries (`ng_getenv`, `ng_setspecific`, …).
 //!
 //! What it leaves to others: placing, relocating, writing windows (patcher),
 //! deciding what is fused (agent).
@@ -34,12 +34,18 @@
 pub mod abi;
 pub mod arena;
 pub mod call;
+pub mod dl;
 pub mod entry;
 pub mod environment;
 pub mod exit;
 pub mod imports;
+mod input;
 pub mod legacy;
+pub mod names;
+pub mod routine;
 pub mod start;
+pub mod state;
+pub mod symbols;
 mod sys;
 pub mod tls;
 pub mod unwind;

@@ -224,7 +224,7 @@ unsafe fn initialise(graft: &Graft, worker: &Worker) -> Outcome {
     unsafe {
         // A thread starts with its creator's modes, and the caller may have
         // changed its own.
-        sys::set_floating_point(sys::DEFAULT_MXCSR, sys::DEFAULT_FPUCW);
+        sys::set_modes(sys::DEFAULT_MODES);
         // Two grafts may get ready at once: both store the same.
         if worker.memcpy_resolver != 0 {
             let resolver: Resolver = core::mem::transmute(worker.memcpy_resolver as usize);
@@ -280,9 +280,7 @@ unsafe fn initialise(graft: &Graft, worker: &Worker) -> Outcome {
             return Err((FAILURE_FAAS_CREATE, code));
         }
         graft.handle.set(handle);
-        let (mxcsr, fpucw) = sys::floating_point(false);
-        graft.mxcsr.set(mxcsr & !0x3f);
-        graft.fpucw.set(u32::from(fpucw));
+        graft.modes.set(sys::modes(false) & !sys::EXCEPTION_FLAGS);
         Ok(())
     }
 }
@@ -321,6 +319,19 @@ pub(crate) unsafe fn construct(graft: &Graft, module: &Module, thread: *const Gr
         return true;
     }
     module.initialised.set(MODULE_INITIALISING);
+    // SAFETY: as the caller promises.
+    unsafe { run_initialisers(graft, module, thread) }
+}
+
+/// The same for a module that is marked [`MODULE_INITIALISING`] already.
+///
+/// # Safety
+/// As for [`construct`].
+pub(crate) unsafe fn run_initialisers(
+    graft: &Graft,
+    module: &Module,
+    thread: *const Graft,
+) -> bool {
     let inits = module.inits as *const u64;
     let mut index = 0;
     while index < module.init_count as usize {

@@ -86,6 +86,19 @@ pub(crate) unsafe fn seal(start: u64, len: u64) -> i32 {
     -result as i32
 }
 
+/// `sched_yield`.
+pub(crate) fn relax() {
+    // SAFETY: touches no memory.
+    unsafe {
+        asm!(
+            "syscall",
+            inlateout("rax") 24_isize => _, // sched_yield
+            lateout("rcx") _, lateout("r11") _,
+            options(nostack),
+        );
+    }
+}
+
 /// The thread pointer: the C library keeps a pointer to the thread control
 /// block at its own start (System V ABI, x86-64 TLS variant II).
 #[inline(always)]
@@ -106,16 +119,17 @@ pub(crate) fn cycles() -> u64 {
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
-/// MXCSR of a new process (System V ABI, x86-64: register conventions).
-pub(crate) const DEFAULT_MXCSR: u32 = 0x1f80;
-/// x87 control word of a new process.
-pub(crate) const DEFAULT_FPUCW: u16 = 0x37f;
+/// Floating-point modes of a new process (System V ABI, x86-64: register
+/// conventions): MXCSR, and in the upper half the x87 control word.
+pub(crate) const DEFAULT_MODES: u64 = 0x1f80 | 0x37f << 32;
+/// What is no mode: MXCSR's sticky exception flags, volatile across calls.
+pub(crate) const EXCEPTION_FLAGS: u64 = 0x3f;
 
-/// MXCSR and the x87 control word of this thread; `fixed` says that MXCSR has
-/// the default modes for sure.
+/// Floating-point modes of this thread, as [`DEFAULT_MODES`]; `fixed` says
+/// that MXCSR has the default ones for sure.
 #[inline(always)]
-pub(crate) fn floating_point(fixed: bool) -> (u32, u16) {
-    let mut mxcsr = DEFAULT_MXCSR;
+pub(crate) fn modes(fixed: bool) -> u64 {
+    let mut mxcsr = DEFAULT_MODES as u32;
     let mut fpucw = 0_u16;
     // SAFETY: each only stores into the local.
     unsafe {
@@ -124,16 +138,23 @@ pub(crate) fn floating_point(fixed: bool) -> (u32, u16) {
         }
         asm!("fnstcw [{}]", in(reg) &raw mut fpucw, options(nostack, preserves_flags));
     }
-    (mxcsr, fpucw)
+    u64::from(mxcsr) | u64::from(fpucw) << 32
 }
 
-/// Sets MXCSR and the x87 control word of this thread.
-pub(crate) fn set_floating_point(mxcsr: u32, fpucw: u16) {
+/// Sets the floating-point modes of this thread.
+pub(crate) fn set_modes(modes: u64) {
+    let (mxcsr, fpucw) = (modes as u32, (modes >> 32) as u16);
     // SAFETY: callers pass values that were read from a thread, or the
     // defaults: no reserved bit is set.
     unsafe {
         asm!("ldmxcsr [{}]", "fldcw [{}]", in(reg) &raw const mxcsr, in(reg) &raw const fpucw, options(nostack, preserves_flags, readonly));
     }
+}
+
+/// Whether two are different modes.
+#[inline(always)]
+pub(crate) fn differ(a: u64, b: u64) -> bool {
+    (a ^ b) & !EXCEPTION_FLAGS != 0
 }
 
 /// State components that code called by a TLS descriptor may change: x87,

@@ -8,7 +8,7 @@
 //!  Foo's code       not its affair           passes
 //!   stub            (entered by a jump: not on the stack)
 //!   ng_enter        caught: -1, no output     put in order, passes
-//!   ng_call         plain frame               plain frame
+//!   ng_nested       the same, between Bar and what Bar calls
 //!  Bar's code       exception ──┘             pthread_exit ──┘
 //! ```
 //!
@@ -91,6 +91,16 @@ unsafe fn personality(
     if version != 1 {
         return FATAL_PHASE1_ERROR;
     }
+    // SAFETY: the image is loaded.
+    let worker = unsafe { imports::worker() };
+    if !worker.has(Import::UnwindSetGr)
+        || !worker.has(Import::UnwindSetIp)
+        || !worker.has(Import::UnwindResume)
+    {
+        // Another unwinder than the worker's, which has none: its contexts are
+        // not ours to change.
+        return CONTINUE_UNWIND;
+    }
     if actions & SEARCH_PHASE != 0 {
         return HANDLER_FOUND;
     }
@@ -104,7 +114,6 @@ unsafe fn personality(
     // SAFETY: the context is the unwinder's; an unwinder that got here is the
     // one that the worker has.
     unsafe {
-        let worker = imports::worker();
         worker.unwind_set_gr(context, 0, exception as u64); // rax
         worker.unwind_set_ip(context, landing);
     }

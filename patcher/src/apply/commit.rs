@@ -306,6 +306,8 @@ mod tests {
             before: vec![0; 6],
             after: vec![0; 6],
             entry: false,
+            routine: false,
+            dynamic: false,
             call,
             site: 0,
             copies: vec![(0, 0x9000), (3, 0x9005)],

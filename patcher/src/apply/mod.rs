@@ -122,9 +122,8 @@ pub fn apply(plan: &PatchPlan, limits: &Limits) -> Result<PatchReceipt, ApplyErr
         let mut stops = Vec::new();
         let mut disturbed = Vec::new();
         commit::expect_bytes(&process, plan)?;
-        if let Some(mapping) = &plan.mapping {
-            let undo =
-                prepare::prepare(&process, plan, mapping, limits, &mut stops, &mut disturbed)?;
+        if plan.mappings().next().is_some() {
+            let undo = prepare::prepare(&process, plan, limits, &mut stops, &mut disturbed)?;
             let written = prepare::record(&process, plan);
             let touched = Cell::new(false);
             let committed = written.and_then(|()| commit::commit(&process, plan, limits, &touched));
@@ -150,6 +149,8 @@ fn receipt(plan: &PatchPlan, already: bool) -> PatchReceipt {
         pid: plan.pid,
         already,
         image_reused: plan.mapping.is_none(),
+        through_routine: plan.has_routine().then_some(plan.through_routine.len()),
+        effects: plan.effects.clone(),
         sites: Vec::new(),
         commit_stop_ns: 0,
         stops_ns: Vec::new(),
@@ -170,7 +171,7 @@ fn finish(
     let sites = plan
         .windows
         .iter()
-        .filter(|w| !w.entry)
+        .filter(|w| !w.entry && !w.routine)
         .map(|window| prove(process, window, &window.after))
         .collect::<Result<_, _>>()?;
     Ok(PatchReceipt {

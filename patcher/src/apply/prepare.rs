@@ -23,7 +23,6 @@ pub(super) struct Undo {
 pub(super) fn prepare(
     process: &Process,
     plan: &PatchPlan,
-    mapping: &Mapping,
     limits: &Limits,
     stops: &mut Vec<u64>,
     disturbed: &mut Vec<Disturbed>,
@@ -40,11 +39,13 @@ pub(super) fn prepare(
         disturbed,
         |borrowed| {
             thread_pointer = borrowed.registers().fs_base;
-            map(borrowed, plan.pid, mapping)
+            map_all(borrowed, plan)
         },
     )?;
     let undo = Undo { gadgets };
-    let filled = fill(process, &memory, mapping, thread_pointer, limits, stops);
+    let filled = plan
+        .mappings()
+        .try_for_each(|mapping| fill(process, &memory, mapping, thread_pointer, limits, stops));
     match filled {
         Ok(()) => Ok(undo),
         Err(failure) => {
@@ -58,7 +59,6 @@ pub(super) fn prepare(
 /// unmapped, unused memory stays behind, which is harmless.
 pub(super) fn take_back(process: &Process, plan: &PatchPlan, undo: &Undo, limits: &Limits) {
     let gadgets = &undo.gadgets;
-    let Some(mapping) = &plan.mapping else { return };
     let unrecorded = unrecord(process, plan);
     let (mut stops, mut disturbed) = (Vec::new(), Vec::new());
     let result = unrecorded.and_then(|()| {
@@ -69,11 +69,14 @@ pub(super) fn take_back(process: &Process, plan: &PatchPlan, undo: &Undo, limits
             limits,
             &mut stops,
             &mut disturbed,
-            |borrowed| unmap(borrowed, plan.pid, mapping),
+            |borrowed| {
+                plan.mappings()
+                    .try_for_each(|mapping| unmap(borrowed, plan.pid, mapping))
+            },
         )
     });
     if let Err(error) = result {
-        tracing::warn!(pid = plan.pid, %error, bytes = mapping.reservation.len, "unused memory stays in the worker");
+        tracing::warn!(pid = plan.pid, %error, bytes = plan.mapped_bytes(), "unused memory stays in the worker");
     }
 }
 
@@ -127,6 +130,19 @@ fn stop(process: &Process, options: StopOptions) -> Result<StoppedThread, Error>
 }
 
 const NONE: u64 = u64::MAX; // no descriptor: -1
+
+/// Maps all, or nothing.
+fn map_all(borrowed: &mut Borrowed, plan: &PatchPlan) -> Result<(), ApplyError> {
+    for (index, mapping) in plan.mappings().enumerate() {
+        if let Err(failure) = map(borrowed, plan.pid, mapping) {
+            for mapped in plan.mappings().take(index) {
+                let _ = unmap(borrowed, plan.pid, mapped);
+            }
+            return Err(failure);
+        }
+    }
+    Ok(())
+}
 
 fn map(borrowed: &mut Borrowed, pid: i32, mapping: &Mapping) -> Result<(), ApplyError> {
     let whole = mapping.reservation;

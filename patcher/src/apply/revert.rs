@@ -61,7 +61,7 @@ pub fn revert(
                     .extend(stop.disturbed.iter().map(disturbance));
                 receipt.sites = windows
                     .iter()
-                    .filter(|w| !w.entry)
+                    .filter(|w| !w.entry && !w.routine)
                     .map(|w| prove(&process, w, &w.before))
                     .collect::<Result<_, _>>()?;
             }
@@ -107,12 +107,12 @@ fn windows(present: &Present, callee: &str) -> Vec<WindowRecord> {
         .filter(|(g, on)| **on && !g.replaced && g.callee != callee)
         .map(|(g, _)| g.callee.as_str())
         .collect();
-    let needed = |w: &WindowRecord| w.names.iter().any(|n| open.contains(&n.as_str()));
+    let needed = |w: &WindowRecord| open.iter().any(|other| w.passed_by(other));
     let all: Vec<usize> = (0..manifest.windows.len()).filter(in_place).collect();
     let mut out: Vec<WindowRecord> = all
         .iter()
         .map(|i| &manifest.windows[*i])
-        .filter(|w| !w.entry && w.names.iter().any(|n| n == callee) && !needed(w))
+        .filter(|w| !w.entry && w.passed_by(callee) && !needed(w))
         .cloned()
         .collect();
     let some_site_stays = all

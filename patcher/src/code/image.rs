@@ -74,6 +74,12 @@ fn malformed(what: &'static str) -> CodeError {
 
 impl Image {
     pub(super) fn parse(file: &[u8]) -> Result<Image, CodeError> {
+        Image::parse_as(file, false)
+    }
+
+    /// Reads a library or, with `executable`, an executable, which may also be
+    /// one that lies at fixed addresses.
+    pub(super) fn parse_as(file: &[u8], executable: bool) -> Result<Image, CodeError> {
         if file.len() > MAX_FILE {
             return Err(CodeError::TooLarge {
                 what: "file",
@@ -86,7 +92,8 @@ impl Image {
         if header.e_machine(endian) != elf::EM_X86_64 {
             return Err(CodeError::NotX86_64);
         }
-        if header.e_type(endian) != elf::ET_DYN {
+        let kind = header.e_type(endian);
+        if kind != elf::ET_DYN && !(executable && kind == elf::ET_EXEC) {
             return Err(CodeError::NotSharedObject);
         }
         let programs = header

@@ -24,6 +24,8 @@ mod flow;
 mod image;
 mod labels;
 mod lsda;
+mod routine;
+mod seen;
 mod sites;
 mod stub;
 mod window;
@@ -35,6 +37,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+pub use routine::Executable;
+pub use seen::{Live, NotASite, Seen};
 pub use stub::{Line, OutOfReach, Stub, StubError, Tail};
 pub use window::{NoWindow, Obstacle, Target, Window, WindowKind};
 
@@ -133,6 +137,7 @@ pub struct CodeMap {
     extents: Vec<extents::Extent>,
     labels: labels::Labels,
     sites: Vec<Site>,
+    unknown_names: bool,
 }
 
 /// Analyses a caller's library, an ELF64 shared object for x86-64.
@@ -148,13 +153,14 @@ pub fn analyse(file: &[u8]) -> Result<CodeMap, CodeError> {
         extents,
         labels,
         sites: Vec::new(),
+        unknown_names: false,
     };
-    map.sites = map.find_sites();
+    (map.sites, map.unknown_names) = map.find_sites();
     Ok(map)
 }
 
 impl CodeMap {
-    fn find_sites(&self) -> Vec<Site> {
+    fn find_sites(&self) -> (Vec<Site>, bool) {
         let code = flow::Code::new(&self.image, &self.extents, &self.labels);
         let mut taken: Vec<(u64, u64)> = self
             .entry_window("faas_func_call")
@@ -163,7 +169,8 @@ impl CodeMap {
             .into_iter()
             .collect();
         let mut sites = Vec::new();
-        for mut found in sites::find(&code) {
+        let (all, unknown) = sites::find(&code);
+        for mut found in all {
             found.names.sort_by_key(|n| n.at);
             let window = window::of_site(&code, found.at, found.kind, &taken);
             taken.extend(window.as_ref().ok().map(Window::range));
@@ -176,7 +183,16 @@ impl CodeMap {
                 window,
             });
         }
-        sites
+        let open = unknown || sites.iter().any(|s| !s.exhaustive);
+        (sites, open)
+    }
+
+    /// Whether the library may pass names to the RPC that are not among the
+    /// constants of its sites: because one is not known where it is called, or
+    /// because no RPC was found at all (another library may make them for it).
+    #[must_use]
+    pub fn may_pass_other_names(&self) -> bool {
+        self.unknown_names || self.sites.is_empty()
     }
 
     /// The sites one of whose names equals `name`, case included, by address.

@@ -91,8 +91,9 @@ struct Yield {
 /// The names that each argument may be, and whether it may be anything else.
 type Names = [(Vec<u64>, bool); 6];
 
-/// Finds the sites, by address.
-pub(super) fn find(code: &Code<'_>) -> Vec<Found> {
+/// Finds the sites, by address, and whether there is an RPC whose name may be
+/// something else than the names found.
+pub(super) fn find(code: &Code<'_>) -> (Vec<Found>, bool) {
     let mut search = Search {
         code,
         slots: slots(code),
@@ -100,18 +101,22 @@ pub(super) fn find(code: &Code<'_>) -> Vec<Found> {
         callers: HashMap::new(),
     };
     let mut wrappers = Vec::new();
+    let mut unknown = false;
     for candidate in search.candidates() {
-        if candidate.names.is_empty() {
+        if !candidate.names.is_empty() {
+            search.judge(&candidate);
+        } else if matches!(candidate.arguments[1], Argument::Parameter(_)) {
             wrappers.push(candidate);
         } else {
-            search.judge(&candidate);
+            unknown |= search.is_rpc(&candidate);
         }
     }
     for candidate in wrappers {
         let mut seen = HashSet::new();
         search.ask_callers(&candidate, candidate.function, MAX_DEPTH, &mut seen);
+        unknown |= !search.sites.contains_key(&candidate.at) && search.is_rpc(&candidate);
     }
-    search.sites.into_values().collect()
+    (search.sites.into_values().collect(), unknown)
 }
 
 struct Search<'c, 'a> {
@@ -379,7 +384,8 @@ fn candidate(
     }
     let (arguments, names) = arguments(machine, state);
     let [_, (names, open), ..] = names;
-    if names.is_empty() && !matches!(arguments[1], Argument::Parameter(_)) {
+    // A name comes from somewhere, and is no number.
+    if names.is_empty() && matches!(arguments[1], Argument::Garbage | Argument::Small) {
         return None;
     }
     Some(Candidate {

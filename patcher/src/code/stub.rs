@@ -71,6 +71,16 @@ pub enum Tail {
         /// Address of the bridge's entry.
         bridge_entry: u64,
     },
+    /// From an entry window into the bridge, which goes on at the displaced
+    /// code (the copy of the window's first instruction) or returns to the
+    /// function's caller. Every register but r11 arrives as it was, r11 on the
+    /// stack.
+    Routine {
+        /// Address of the routine's record, handed over in r11.
+        record: u64,
+        /// Address of the bridge's entry for it.
+        bridge_entry: u64,
+    },
     /// From an entry window back into the function, after a call of `hook`
     /// if the byte at `flag` is not zero.
     Hook {
@@ -203,6 +213,20 @@ impl Window {
                 writer.instruction(&movabs(site_record)?)?;
                 writer.quad_jump(bridge_entry)?;
             }
+            (
+                Tail::Routine {
+                    record,
+                    bridge_entry,
+                },
+                Some(_),
+            ) if self.kind == WindowKind::Entry => {
+                let push = Instruction::with1(Opcode::Push_r64, Register::R11)
+                    .map_err(|e| cannot(&Instruction::default(), at, &e))?;
+                writer.instruction(&push)?;
+                writer.instruction(&movabs(record)?)?;
+                writer.quad_jump(bridge_entry)?;
+                self.displaced_entry(&originals, bias, &mut writer)?;
+            }
             (Tail::Hook { flag, hook }, Some(_)) if self.kind == WindowKind::Entry => {
                 self.hook(&originals, bias, flag, hook, &mut writer)?;
             }
@@ -221,6 +245,30 @@ impl Window {
         for original in originals {
             writer.boundary(original.ip().wrapping_sub(start) as u8);
             writer.instruction(&self.moved(original)?)?;
+        }
+        Ok(())
+    }
+
+    /// An entry window's displaced code, and the way back to behind it.
+    fn displaced_entry(
+        &self,
+        originals: &[Instruction],
+        bias: u64,
+        writer: &mut Writer,
+    ) -> Result<(), StubError> {
+        self.displace(originals, bias, writer)?;
+        let falls = originals.last().is_some_and(|i| {
+            matches!(
+                i.flow_control(),
+                FlowControl::Next | FlowControl::ConditionalBranch
+            )
+        });
+        if falls {
+            writer.boundary(self.branch);
+            let back = bias
+                .wrapping_add(self.start.0)
+                .wrapping_add(self.branch.into());
+            writer.branch(&[0xe9], back)?;
         }
         Ok(())
     }
@@ -335,20 +383,7 @@ impl Window {
         }
         let to_slow = writer.reserve(6);
         let fast = writer.here();
-        self.displace(originals, bias, writer)?;
-        let falls = originals.last().is_some_and(|i| {
-            matches!(
-                i.flow_control(),
-                FlowControl::Next | FlowControl::ConditionalBranch
-            )
-        });
-        if falls {
-            writer.boundary(self.branch);
-            let back = bias
-                .wrapping_add(self.start.0)
-                .wrapping_add(self.branch.into());
-            writer.branch(&[0xe9], back)?;
-        }
+        self.displaced_entry(originals, bias, writer)?;
         let slow_at = writer.here();
         writer.fill_branch(to_slow, &[0x0f, 0x85], slow_at)?;
         for i in &slow {

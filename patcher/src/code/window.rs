@@ -317,6 +317,20 @@ pub(super) fn of_entry(code: &Code<'_>, name: &str) -> Result<Window, NoWindow> 
             from: ImageAddress(from),
         });
     }
+    at_start(code, function, &all)
+}
+
+/// The window at the start of the function at `function`, whatever leads there.
+pub(super) fn of_routine(code: &Code<'_>, function: u64) -> Result<Window, NoWindow> {
+    let extent = index_of(code.extents, function).ok_or(NoWindow::Undecodable {
+        at: ImageAddress(function),
+    })?;
+    let all = decode(code.image, function, code.extents[extent].end);
+    at_start(code, function, &all)
+}
+
+/// `all` are the instructions of the function at `function`.
+fn at_start(code: &Code<'_>, function: u64, all: &[Instruction]) -> Result<Window, NoWindow> {
     let mut rest = all.iter().peekable();
     let mut start = function;
     while let Some(i) = rest.next_if(|i| i.mnemonic() == Mnemonic::Endbr64) {

@@ -5,10 +5,11 @@ use std::mem::offset_of;
 
 use nightgraft_bridge::abi;
 
+use super::dynamic;
 use super::fresh::fresh;
 use super::{PatchPlan, Store, Unfused};
-use crate::code::{self, CodeMap, Site, Window};
-use crate::effects::effects;
+use crate::code::{self, CodeMap, Live, Site, Window};
+use crate::effects::{self, Allowance, Effect};
 use crate::elf::{Image, hex};
 use crate::load;
 use crate::manifest::{GraftRecord, Manifest, Present, WindowRecord};
@@ -33,6 +34,13 @@ pub struct Input<'a> {
     pub bridge: &'a Image,
     /// Bytes left below the worker's memory limit, where there is one.
     pub memory_room: Option<u64>,
+    /// The caller's worker's own `invoke_func`, live, or why it is not known.
+    pub invoke: &'a Result<u64, Refused>,
+    /// The caller's worker, as it is now.
+    pub live: &'a dyn Live,
+    /// What the callee may touch that is the caller's. The plan is made
+    /// whatever it touches, and says what would have to be allowed.
+    pub allowed: Allowance,
 }
 
 /// Plans the patch.
@@ -70,10 +78,12 @@ pub fn plan(input: &Input<'_>) -> Result<PatchPlan, Refused> {
             && graft.parent == parent;
         (same && !present.failed(index)).then_some(index)
     });
-    match (input.present, reused) {
-        (Some(present), Some(index)) => again(input, present, index, &sites),
-        _ => fresh(input, &sites, &entry, build_id),
-    }
+    let mut plan = match (input.present, reused) {
+        (Some(present), Some(index)) => again(input, present, index, &sites)?,
+        _ => fresh(input, &sites, &entry, build_id)?,
+    };
+    dynamic::complete(input, &sites, &mut plan)?;
+    Ok(plan)
 }
 
 /// The graft whose calls are meant, live; 0 for the worker's own function.
@@ -127,12 +137,10 @@ fn usable_sites(input: &Input<'_>) -> Result<Sites, Refused> {
         usable: Vec::new(),
         unfused: Vec::new(),
     };
-    let mut first = None;
     for site in input.code.sites(input.name) {
         match &site.window {
             Ok(window) => sites.usable.push((site.clone(), window.clone())),
             Err(reason) => {
-                first.get_or_insert((site.at.0, reason.to_string()));
                 sites.unfused.push(Unfused {
                     at: site.at.0.wrapping_add(library.bias),
                     reason: reason.to_string(),
@@ -140,18 +148,18 @@ fn usable_sites(input: &Input<'_>) -> Result<Sites, Refused> {
             }
         }
     }
-    match (sites.usable.is_empty(), first) {
-        (false, _) => Ok(sites),
-        (true, Some((at, reason))) => Err(Refused::NoWindow {
-            library: library.path.clone(),
-            at,
-            reason,
-        }),
-        (true, None) => Err(Refused::NoSite {
+    // A worker that has the callee already has shown that it is called.
+    let known = input
+        .present
+        .is_some_and(|p| p.manifest.graft(input.name).is_some());
+    let none = sites.usable.is_empty() && sites.unfused.is_empty();
+    if none && !known && !input.code.may_pass_other_names() {
+        return Err(Refused::NoSite {
             library: library.path.clone(),
             callee: input.name.into(),
-        }),
+        });
     }
+    Ok(sites)
 }
 
 /// The build-id, or where there is none a digest of the file.
@@ -191,9 +199,7 @@ fn again(
         .windows
         .iter()
         .enumerate()
-        .filter(|(i, w)| {
-            !present.in_place(*i) && (w.entry || w.names.iter().any(|n| n == input.name))
-        })
+        .filter(|(i, w)| !present.in_place(*i) && (w.serves_all() || w.passed_by(input.name)))
         .map(|(_, w)| w.clone())
         .collect();
     // The gate is stored after everything else that is not a window.
@@ -272,17 +278,26 @@ pub(super) fn base(input: &Input<'_>, manifest: Manifest) -> PatchPlan {
         build_id: String::new(),
         already: false,
         mapping: None,
+        islands: Vec::new(),
         relocations: (0, 0),
         libraries: Vec::new(),
         initialisers: 0,
         stores: Vec::new(),
         windows: Vec::new(),
         unfused: Vec::new(),
+        through_routine: Vec::new(),
         gate: 0,
-        effects: effects(&input.callee.function().image),
+        effects: effects_of(input),
         manifest,
         slot: 1,
     }
+}
+
+/// What the function and its private libraries show.
+fn effects_of(input: &Input<'_>) -> Vec<Effect> {
+    // A list that is not consistent was refused before.
+    let private = load::private_libraries(input.callee).unwrap_or_default();
+    effects::of_function(input.callee, &private, input.allowed)
 }
 
 pub(super) fn other_slot(present: Option<&Present>) -> u8 {

@@ -25,7 +25,7 @@ use crate::load::interpose::{self, module_at};
 use crate::load::{self, Given, GivenTls, Loaded, Meaning, Place, Scope};
 use crate::manifest::{BridgeAddresses, GraftRecord, Manifest, Region, WindowRecord};
 use crate::refused::Refused;
-use crate::snapshot::{Worker, invoke_routines};
+use crate::snapshot::Worker;
 
 const PAGE: u64 = 4096;
 /// Room for one stub; the longest displaced code is far shorter.
@@ -61,7 +61,7 @@ pub(super) fn fresh(
 ) -> Result<PatchPlan, Refused> {
     let present = input.present;
     let caller = input.caller.function();
-    let invoke = invoke_routine(input.caller)?;
+    let invoke = input.invoke.clone()?;
     let index = present.map_or(0, |p| p.manifest.grafts.len());
     if index >= abi::MAX_GRAFTS {
         return Err(Refused::TooManyGrafts {
@@ -186,16 +186,6 @@ fn place(input: &Input<'_>, draft: &Draft<'_>, data_len: u64) -> Result<Places, 
     })
 }
 
-fn invoke_routine(worker: &Worker) -> Result<u64, Refused> {
-    match invoke_routines(worker).as_slice() {
-        [one] => Ok(*one),
-        several => Err(Refused::NoInvokeRoutine {
-            executable: worker.executable().path.clone(),
-            found: several.len(),
-        }),
-    }
-}
-
 /// Everything that is fixed before the places are.
 struct Draft<'a> {
     input: &'a Input<'a>,
@@ -243,6 +233,7 @@ impl Draft<'_> {
         Ok(BridgeAddresses {
             enter: export("ng_enter")?,
             hook: export("ng_hook")?,
+            routine: export("ng_routine")?,
             exports: given
                 .map(|name| Ok((name.to_owned(), export(name)?)))
                 .collect::<Result<_, Refused>>()?,
@@ -448,6 +439,8 @@ impl Draft<'_> {
                 before: window.before.clone(),
                 after: window.after(bias, at).map_err(|e| failed(e.to_string()))?,
                 entry,
+                routine: false,
+                dynamic: false,
                 call: window.kind == WindowKind::Call,
                 site,
                 copies: stub
@@ -578,7 +571,7 @@ impl Draft<'_> {
             .iter()
             .enumerate()
             .filter(|(i, w)| {
-                let ours = w.entry || w.names.iter().any(|n| n == input.name);
+                let ours = w.serves_all() || w.passed_by(input.name);
                 ours && !input.present.is_some_and(|p| p.in_place(*i))
             })
             .map(|(_, w)| w.clone())

@@ -12,6 +12,7 @@
 //! [`render`](PatchPlan::render) prints is what `apply` does.
 
 mod build;
+mod dynamic;
 mod fresh;
 mod images;
 mod layout;
@@ -22,8 +23,9 @@ mod unwind;
 
 use serde::{Deserialize, Serialize};
 
-use crate::effects::Effect;
+use crate::effects::{self, Effect};
 use crate::manifest::{Manifest, Region, WindowRecord, hex_bytes};
+use crate::refused::Refused;
 
 pub use build::{Input, analyse, plan};
 
@@ -85,7 +87,7 @@ pub struct Store {
 /// A site that stays as it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unfused {
-    /// The call's live address.
+    /// The call's live address; for one seen at run time its return address.
     pub at: u64,
     /// Why it cannot be rewritten.
     pub reason: String,
@@ -112,6 +114,9 @@ pub struct PatchPlan {
     pub already: bool,
     /// What is mapped; `None` where an image of an earlier patch is used.
     pub mapping: Option<Mapping>,
+    /// Stubs and their records that must lie elsewhere: near the worker's
+    /// executable, or near a site that was seen at run time.
+    pub islands: Vec<Mapping>,
     /// Relocations applied from outside, and those left to the bridge.
     pub relocations: (usize, usize),
     /// Libraries of which the callee gets copies of its own, as its container
@@ -125,6 +130,9 @@ pub struct PatchPlan {
     pub windows: Vec<WindowRecord>,
     /// Sites of this callee that stay RPCs.
     pub unfused: Vec<Unfused>,
+    /// Sites that stay as they are, and calls that were seen at run time: they
+    /// reach the callee through the entry of the worker's own routine.
+    pub through_routine: Vec<Unfused>,
     /// The edge's gate.
     pub gate: u64,
     /// What the callee may touch that is the caller's.
@@ -136,17 +144,33 @@ pub struct PatchPlan {
 }
 
 impl PatchPlan {
+    /// Why it must not be applied, if the callee touches what is not allowed.
+    #[must_use]
+    pub fn refusal(&self) -> Option<Refused> {
+        effects::refusal(&self.callee_library, &self.effects)
+    }
+
     /// Bytes that the patch adds to the worker's address space.
     #[must_use]
     pub fn mapped_bytes(&self) -> u64 {
-        self.mapping.as_ref().map_or(0, |m| m.reservation.len)
+        self.mappings().map(|m| m.reservation.len).sum()
+    }
+
+    /// All that is mapped.
+    pub fn mappings(&self) -> impl Iterator<Item = &Mapping> {
+        self.mapping.iter().chain(&self.islands)
+    }
+
+    /// Whether the entry of the worker's own routine leads to the bridge once
+    /// this is done.
+    #[must_use]
+    pub fn has_routine(&self) -> bool {
+        self.manifest.windows.iter().any(|w| w.routine)
     }
 
     /// Bytes that the patch may add to the worker's memory: what is written.
     #[must_use]
     pub fn resident_bytes(&self) -> u64 {
-        self.mapping
-            .as_ref()
-            .map_or(0, |m| m.parts.iter().map(|p| p.len).sum())
+        self.mappings().flat_map(|m| &m.parts).map(|p| p.len).sum()
     }
 }

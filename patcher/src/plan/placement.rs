@@ -12,6 +12,21 @@ const LOWEST: u64 = 1 << 20;
 /// First address that user space does not have (47 bits).
 const HIGHEST: u64 = 1 << 47;
 
+/// The same, but all of it below `low`: what lies behind an executable is its
+/// heap's to grow into.
+#[must_use]
+pub(super) fn below(maps: &[Map], (low, high): (u64, u64), len: u64) -> Option<u64> {
+    let above = Map {
+        start: low,
+        end: u64::MAX,
+        writable: false,
+        executable: false,
+        name: String::new(),
+    };
+    let lower = maps.iter().filter(|m| m.start < low).cloned();
+    near(&lower.chain([above]).collect::<Vec<_>>(), (low, high), len)
+}
+
 /// The highest free range of `len` bytes (a multiple of the page size) from
 /// which every address of `[low, high)` can be reached by a near call, and
 /// the other way round.
@@ -87,6 +102,20 @@ mod tests {
         ];
         let at = near(&maps, LIB, 0x1000).unwrap();
         assert!(at > LIB.1 + 0x20_0000 || at < LIB.0 - 0x2000, "{at:#x}");
+    }
+
+    #[test]
+    fn below_an_executable_is_not_behind_its_heap() {
+        let exe = (0x40_0000, 0x50_0000);
+        let maps = [
+            map(exe.0, exe.1, "/worker"),
+            map(exe.1, exe.1 + 0x10_0000, "[heap]"),
+            map(LIB.0, LIB.1, "/libfoo.so"),
+        ];
+        assert_eq!(below(&maps, exe, 0x3000), Some(exe.0 - 0x3000));
+        assert!(near(&maps, exe, 0x3000).unwrap() > exe.1);
+        let low = (0x10_1000, 0x50_0000);
+        assert_eq!(below(&[map(low.0, low.1, "/worker")], low, 0x3000), None);
     }
 
     #[test]

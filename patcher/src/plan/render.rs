@@ -6,6 +6,7 @@ use std::fmt::{self, Write as _};
 use iced_x86::{Decoder, DecoderOptions, Formatter as _, IntelFormatter};
 
 use super::{Access, PatchPlan};
+use crate::effects;
 use crate::elf::hex;
 use crate::manifest::WindowRecord;
 
@@ -26,7 +27,17 @@ impl PatchPlan {
             self.pid, self.caller_library, self.callee, self.callee_library
         )?;
         if self.already {
-            return writeln!(out, "  already fused: nothing to do");
+            writeln!(out, "  already fused: nothing to do")?;
+            return self.write_effects(out);
+        }
+        for island in &self.islands {
+            writeln!(
+                out,
+                "\nmap {} at {:#x}: {}",
+                size(island.reservation.len),
+                island.reservation.start,
+                island.parts.first().map_or("", |p| p.what.as_str())
+            )?;
         }
         match &self.mapping {
             Some(mapping) => {
@@ -91,24 +102,30 @@ impl PatchPlan {
                 site.reason
             )?;
         }
-        if self.effects.is_empty() {
+        if self.has_routine() {
+            let windows = self.manifest.windows.iter();
+            let sites = windows.filter(|w| !w.routine && w.passed_by(&self.callee));
             writeln!(
                 out,
-                "\nno import of {} shows an effect on what the caller owns",
-                self.callee
+                "\n{} sites of {} rewritten in place; calls from elsewhere go through the entry of the worker's own invoke_func ({} known)",
+                sites.count(),
+                self.callee,
+                self.through_routine.len()
             )?;
-        } else {
-            writeln!(out, "\nfused, {} shares with the caller:", self.callee)?;
-            for effect in &self.effects {
-                writeln!(
-                    out,
-                    "  {}: {} ({})",
-                    effect.kind,
-                    effect.means,
-                    effect.imports.join(", ")
-                )?;
-            }
         }
+        for call in &self.through_routine {
+            writeln!(
+                out,
+                "\nthrough the worker's own invoke_func: the call at {:#x}: {}",
+                call.at, call.reason
+            )?;
+        }
+        self.write_effects(out)
+    }
+
+    fn write_effects(&self, out: &mut String) -> fmt::Result {
+        out.push('\n');
+        out.push_str(&effects::report(&self.callee, &self.effects));
         writeln!(
             out,
             "always shared: process, memory limit, log files; no time limit on the call; its own environment"
@@ -124,12 +141,20 @@ impl PatchPlan {
     }
 
     fn write_window(&self, out: &mut String, window: &WindowRecord) -> fmt::Result {
-        let what = match (window.entry, window.call) {
-            (true, _) => "entry of faas_func_call",
-            (false, true) => "call",
-            (false, false) => "tail jump",
+        let what = match window {
+            w if w.entry => "entry of faas_func_call",
+            w if w.routine => "entry of the worker's own invoke_func, for all names",
+            w if w.dynamic => "call seen at run time, for all names",
+            w if w.call => "call",
+            _ => "tail jump",
         };
-        writeln!(out, "\nwindow {}, {what}", self.place(window.address))?;
+        // The others lie in other files.
+        let place = if window.routine || window.dynamic {
+            format!("{:#x}", window.address)
+        } else {
+            self.place(window.address)
+        };
+        writeln!(out, "\nwindow {place}, {what}")?;
         for line in disassemble(&window.before, window.address) {
             writeln!(out, "  - {line}")?;
         }
@@ -150,10 +175,8 @@ impl PatchPlan {
     fn stub_of(&self, window: &WindowRecord) -> Option<(u64, &[u8])> {
         let at = window.copies.iter().map(|(_, to)| *to).min()?;
         let part = self
-            .mapping
-            .as_ref()?
-            .parts
-            .iter()
+            .mappings()
+            .flat_map(|m| &m.parts)
             .find(|p| (p.start..p.start + p.len).contains(&at))?;
         let code = part.bytes.get((at - part.start) as usize..)?;
         // `jmp [rip]` ends a bridge stub, `jmp rel32` an entry's fast path.

@@ -18,6 +18,7 @@
 mod linkmap;
 mod mapped;
 mod rootfs;
+mod routine;
 mod static_tls;
 
 use std::path::{Path, PathBuf};
@@ -25,7 +26,9 @@ use std::sync::Arc;
 
 use procfs::process::{MMPermissions, MMapPath};
 
-use crate::elf::{self, ElfError, Image, constants};
+use crate::elf::{ElfError, Image, constants};
+
+pub use routine::invoke_routines;
 
 /// Why a worker could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -444,17 +447,6 @@ fn split(bytes: &[u8]) -> Vec<Vec<u8>> {
         [] => Vec::new(),
         _ => whole.split(|b| *b == 0).map(<[u8]>::to_vec).collect(),
     }
-}
-
-/// The worker's own `invoke_func` routine: live addresses of every function
-/// of the executable that has the name (one, unless something is odd).
-#[must_use]
-pub fn invoke_routines(worker: &Worker) -> Vec<u64> {
-    let executable = worker.executable();
-    elf::symbol_by_prefix(&executable.image.bytes, INVOKE_PREFIX)
-        .into_iter()
-        .map(|address| address.wrapping_add(executable.bias))
-        .collect()
 }
 
 /// `faas::worker_v1::FuncWorker::InvokeFuncWrapper`, mangled, without its

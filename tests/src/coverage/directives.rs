@@ -18,7 +18,7 @@
 //! | `input` | text with `\n \t \\ \xNN` | one request; repeated |
 //! | `input-repeat` | `N TEXT` | one request: the text N times |
 //! | `fused-input` | `TEXT => ANSWER` | a request of fused passes only, and its answer: what would end the callee's own worker |
-//! | `warm` | text | the request that makes the callee ready; must not change its state (default: the first input) |
+//! | `warm` | text | a request that makes a callee ready; must not change its state; repeated (default: the first input) |
 //! | `expect` | `supported`, `refused CODE` | the outcome |
 //! | `because` | text | why it is refused, for the table |
 //! | `allow-effects` | `KIND,…` | what the patch is told to allow |
@@ -157,7 +157,7 @@ pub struct Directives {
     pub dependency: Vec<Dependency>,
     pub inputs: Vec<Vec<u8>>,
     pub fused_inputs: Vec<(Vec<u8>, Vec<u8>)>,
-    pub warm: Option<Vec<u8>>,
+    pub warm: Vec<Vec<u8>>,
     pub expect: Expectation,
     pub because: String,
     pub allow_effects: Option<String>,
@@ -197,7 +197,7 @@ impl Directives {
             dependency: Vec::new(),
             inputs: Vec::new(),
             fused_inputs: Vec::new(),
-            warm: None,
+            warm: Vec::new(),
             expect: Expectation::Supported,
             because: String::new(),
             allow_effects: None,
@@ -239,6 +239,9 @@ impl Directives {
         }
         if parsed.edges.is_empty() {
             parsed.edges.push(("Foo".to_owned(), "Bar".to_owned()));
+        }
+        if parsed.warm.is_empty() {
+            parsed.warm.push(parsed.inputs[0].clone());
         }
         Ok(parsed)
     }
@@ -307,7 +310,7 @@ impl Directives {
                 self.fused_inputs
                     .push((unescape(input)?, unescape(answer)?));
             }
-            "warm" => self.warm = Some(unescape(value)?),
+            "warm" => self.warm.push(unescape(value)?),
             "expect" => {
                 self.expect = match value.split_once(' ') {
                     None if value == "supported" => Expectation::Supported,
@@ -456,7 +459,7 @@ mod tests {
             [b"a\n\0\\".to_vec(), Vec::new(), b"ababab".to_vec()]
         );
         assert_eq!(d.fused_inputs, [(b"x".to_vec(), b"-1:".to_vec())]);
-        assert_eq!(d.warm.as_deref(), Some(&b"w"[..]));
+        assert_eq!(d.warm, [b"w"]);
         assert_eq!(d.expect, Expectation::Refused("tls".into()));
         assert_eq!(d.allow_effects.as_deref(), Some("files,network"));
         assert_eq!(d.env, [("A".to_owned(), "1=2".to_owned())]);

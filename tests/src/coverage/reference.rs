@@ -10,7 +10,6 @@
 //! of 4 bytes and the bytes; an answer has the return code of 4 bytes first.
 //! A host ends with its input, in the ordinary way (exit handlers run).
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -190,7 +189,7 @@ struct State {
     output: Vec<u8>,
     handed: Vec<Region>,
     /// Hosts of the functions that were invoked.
-    others: BTreeMap<String, RefCell<Child>>,
+    others: BTreeMap<String, Child>,
 }
 
 impl Serving {
@@ -205,14 +204,12 @@ impl Serving {
         let mut state = self.state();
         if !state.others.contains_key(name) {
             let child = host(&self.spec_path, &self.spec, name, Stdio::inherit())?;
-            state.others.insert(name.to_owned(), RefCell::new(child));
+            state.others.insert(name.to_owned(), child);
         }
-        let answer = {
-            let mut child = state.others[name].borrow_mut();
-            write_frame(child.stdin.as_mut().context("no pipe")?, input)?;
-            read_answer(child.stdout.as_mut().context("no pipe")?)
-                .with_context(|| format!("the host of {name}"))?
-        };
+        let other = state.others.get_mut(name).context("no host")?;
+        write_frame(other.stdin.as_mut().context("no pipe")?, input)?;
+        let answer = read_answer(other.stdout.as_mut().context("no pipe")?)
+            .with_context(|| format!("the host of {name}"))?;
         if answer.code != 0 {
             return Ok(None);
         }

@@ -125,7 +125,8 @@ impl Report {
     /// Whether nothing is broken, skipped or otherwise than expected.
     pub fn is_good(&self) -> bool {
         self.rows.iter().all(|r| r.verdict().is_good())
-            && self.oracle.as_ref().is_ok_and(|o| o["differ"] == 0) | self.oracle.is_err()
+            // An oracle that was not run is said, and is no failure of these.
+            && self.oracle.as_ref().map_or(true, |o| o["differ"] == 0)
     }
 
     fn counts(&self, which: impl Fn(&Row) -> bool) -> Counts {
@@ -271,10 +272,9 @@ impl Report {
         );
         let _ = writeln!(
             text,
-            "{} matrix. {}\n",
-            if self.whole { "Whole" } else { "Reduced" },
-            "A row is supported if all answers were right, the counters moved by just the calls \
-             that were made and no worker changed; broken if not."
+            "{} matrix. A row is supported if all answers were right, the counters moved by just \
+             the calls that were made and no worker changed; broken if not.\n",
+            if self.whole { "Whole" } else { "Reduced" }
         );
         for line in &self.machine {
             let _ = writeln!(text, "- {line}");

@@ -58,6 +58,16 @@ int left_by_jump(invoke call, const char *name) {
     return call(nullptr, name, "jump", 4, &output, &len);
 }
 
+invoke nested;           // a site in the callee
+const char *nested_name; // another callee
+
+// Calls another callee, which jumps out of it.
+int outer(void *, const char *input, size_t) {
+    if (left_by_jump(nested, nested_name) != 77) return 9;
+    if (*input == 't') throw 1;
+    return 0;
+}
+
 struct Witness {
     ~Witness() { modes = _mm_getcsr(); witnessed++; }
 };

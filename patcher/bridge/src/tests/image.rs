@@ -13,10 +13,10 @@ include!("../../image_flags.rs");
 pub(crate) struct Library(usize);
 
 impl Library {
-    fn open(path: &Path) -> Library {
+    fn open(path: &Path, mode: i32) -> Library {
         let name = CString::new(path.to_str().expect("UTF-8")).expect("no NUL");
         // SAFETY: a library of the tests'.
-        let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+        let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | mode) };
         assert!(!handle.is_null(), "{} can't be opened", path.display());
         Library(handle as usize)
     }
@@ -28,6 +28,11 @@ impl Library {
         let address = unsafe { libc::dlsym(self.0 as *mut c_void, symbol.as_ptr()) };
         assert!(!address.is_null(), "{name} is not there");
         address as u64
+    }
+
+    /// Its `struct link_map`, which the handle is.
+    pub(crate) fn link_map(&self) -> u64 {
+        self.0 as u64
     }
 
     /// A variable of the tests' C++.
@@ -45,6 +50,7 @@ fn run(command: &mut Command) {
 struct Built {
     bridge: Library,
     functions: Library,
+    libraries: [Library; 2],
     path: PathBuf,
     _dir: tempfile::TempDir,
 }
@@ -66,9 +72,28 @@ static BUILT: LazyLock<Built> = LazyLock::new(|| {
         .args(["-shared", "-fPIC", "-O1", "-o"])
         .arg(&functions)
         .arg(sources.join("tests/functions.cc")));
+    let shared = |name: &str, more: &[&str]| {
+        let path = dir.path().join(format!("lib{name}.so"));
+        run(Command::new("gcc")
+            .args(["-shared", "-fPIC", "-O1", "-Wl,--hash-style=both", "-o"])
+            .arg(&path)
+            .arg(format!("-Wl,-soname,lib{name}.so"))
+            .arg(format!("-D{}", name.to_uppercase()))
+            .arg(sources.join("tests/libraries.c"))
+            .arg("-L")
+            .arg(dir.path())
+            .args(more));
+        Library::open(&path, libc::RTLD_LOCAL)
+    };
+    let script = format!(
+        "-Wl,--version-script={}",
+        sources.join("tests/libraries.map").display()
+    );
+    let first = shared("first", &[&script]);
     Built {
-        functions: Library::open(&functions),
-        bridge: Library::open(&image),
+        libraries: [first, shared("second", &["-Wl,--no-as-needed", "-lfirst"])],
+        functions: Library::open(&functions, libc::RTLD_GLOBAL),
+        bridge: Library::open(&image, libc::RTLD_LOCAL),
         path: image,
         _dir: dir,
     }
@@ -87,4 +112,9 @@ pub(crate) fn path() -> &'static Path {
 /// The tests' C++ functions.
 pub(crate) fn functions() -> &'static Library {
     &BUILT.functions
+}
+
+/// Two libraries in C that the program's global scope does not have.
+pub(crate) fn libraries() -> &'static [Library; 2] {
+    &BUILT.libraries
 }

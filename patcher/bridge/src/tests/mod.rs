@@ -1,8 +1,11 @@
 //! The bridge in an ordinary process: records as the patcher would write them,
 //! around the real C library.
 
+mod call;
+mod dl;
 mod image;
 mod legacy;
+mod state;
 mod tls;
 mod unwind;
 
@@ -30,7 +33,7 @@ pub(crate) struct World {
 // SAFETY: what tests use from several threads is what the bridge does.
 unsafe impl Sync for World {}
 
-fn zeroed<T>() -> &'static mut T {
+pub(crate) fn zeroed<T>() -> &'static mut T {
     // SAFETY: every record is integers, cells and arrays of them.
     Box::leak(Box::new(unsafe { core::mem::zeroed() }))
 }
@@ -68,6 +71,7 @@ impl World {
         worker.memcpy.set(memcpy as *const () as u64);
         worker.grafts[0] = core::ptr::from_ref(graft) as u64;
         worker.count = 1.into();
+        worker.names = crate::names::fill([(NAME.as_bytes(), 0)]);
         graft.shared = core::ptr::from_ref(shared) as u64;
         graft.worker = core::ptr::from_ref(worker) as u64;
         graft.name = string(NAME);

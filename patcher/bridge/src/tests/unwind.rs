@@ -44,7 +44,7 @@ unsafe extern "C" fn rpc(_: u64, _: u64, _: u64, _: u64, _: u64, _: u64) -> c_in
 }
 
 fn call(input: &str) -> (c_int, Option<Vec<u8>>) {
-    let (mut output, mut len) = (1 as *const u8, 1_usize);
+    let (mut output, mut len) = (core::ptr::dangling::<u8>(), 1_usize);
     // SAFETY: the stub does what `invoke_func` does.
     let result = unsafe {
         site(
@@ -67,7 +67,7 @@ fn call(input: &str) -> (c_int, Option<Vec<u8>>) {
 fn world() -> World {
     // Before the records: its libraries' functions are among the imports.
     let functions = functions();
-    let mut world = World::new(&[crate::abi::Tls::default()]);
+    let world = World::new(&[crate::abi::Tls::default()]);
     let slot = bridge().get("ng_worker");
     let worker = core::ptr::from_mut(world.worker);
     // SAFETY: the page holds constants that nobody reads meanwhile.
@@ -148,14 +148,15 @@ fn exceptions_become_failed_calls_and_are_destroyed() {
 #[test]
 fn an_exception_leaves_the_callers_floating_point_modes() {
     let world = ready();
-    let before = sys::floating_point(false);
-    let theirs = (before.0 & !0x3f | 0x40, 0x27f);
-    sys::set_floating_point(theirs.0, theirs.1);
+    let before = sys::modes(false);
+    // Denormals are zero; x87 in double precision.
+    let theirs = 0x1fc0 | 0x27f << 32;
+    sys::set_modes(theirs);
     let result = call("modes");
-    let after = sys::floating_point(false);
-    sys::set_floating_point(before.0, before.1);
+    let after = sys::modes(false);
+    sys::set_modes(before);
     assert_eq!(result, (-1, None));
-    assert_eq!((after.0 & !0x3f, after.1), theirs);
+    assert_eq!(after & !sys::EXCEPTION_FLAGS, theirs);
     idle(&world);
 }
 
@@ -178,6 +179,31 @@ fn a_call_that_was_left_by_a_jump_is_over_at_the_next_outermost_entry() {
     idle(&world);
     assert_eq!(counts(&world), (2, 2, 1));
     assert_eq!(call("abc"), (0, Some(b"abc".to_vec())));
+}
+
+#[test]
+fn a_call_that_the_callee_left_by_a_jump_ends_with_the_callees() {
+    let world = ready();
+    // The same callee under another name, called by the one that is entered.
+    let inner: &'static mut crate::abi::Graft = super::zeroed();
+    // SAFETY: a record is integers and cells; the functions have these types.
+    unsafe {
+        core::ptr::copy_nonoverlapping(&raw const *world.graft, inner, 1);
+        (functions().get("nested") as *mut u64).write(site as *const () as u64);
+        (functions().get("nested_name") as *mut u64).write(string("Inner"));
+    }
+    inner.name = string("Inner");
+    inner.handle.set(&raw const *inner as u64);
+    world.graft.call = functions().get("outer");
+    world.worker.grafts[1] = &raw const *inner as u64;
+    world.worker.count = 2.into();
+    // Both grafts count on one edge here: two calls each time.
+    for (calls, errors, input, result) in [(3, 1, "ok", 0), (5, 3, "throw", -1)] {
+        assert_eq!(call(input).0, result);
+        idle(&world);
+        assert_eq!(inner.busy.get(), 0, "its next call runs");
+        assert_eq!(counts(&world), (calls, calls, errors));
+    }
 }
 
 /// The worker that [`bind_thread`] tells its thread.

@@ -2,6 +2,7 @@
 
 mod elf;
 mod hostile;
+mod routine;
 mod stubs;
 mod windows;
 

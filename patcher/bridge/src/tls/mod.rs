@@ -26,21 +26,26 @@
 //! table sets its own again for two rounds and goes in the third; what is made
 //! after that goes in the fourth.
 
-use core::arch::naked_asm;
-use core::ffi::c_void;
-use core::mem::offset_of;
+mod entry;
 
-use crate::abi::{
-    FAILURE_THREAD_KEY, Graft, IMPORTS, Import, Module, TLS_STATIC, TlsIndex, Worker,
-};
+use core::ffi::c_void;
+
+use crate::abi::{FAILURE_THREAD_KEY, Graft, Module, TLS_STATIC, TlsIndex, Worker};
+pub use entry::{ng_tls_get_addr, ng_tlsdesc_dynamic, ng_tlsdesc_static, ng_tlsdesc_undefweak};
+
 use crate::{imports, sys};
 
-/// A thread's blocks of one graft; [`Graft::tls_count`] entries follow.
+/// What a thread has of one graft; [`Graft::tls_count`] entries of blocks
+/// follow.
 #[repr(C)]
-struct Table {
+pub(crate) struct Table {
     graft: u64,
     /// Rounds of destruction that it has seen.
     round: u64,
+    /// What `dlerror` gives next, 0 for nothing.
+    pub(crate) error: u64,
+    /// Memory of the last such text, 0 for none.
+    pub(crate) error_text: u64,
 }
 
 /// An entry of a [`Table`].
@@ -69,236 +74,6 @@ impl Table {
                 .add(index as usize)
         }
     }
-}
-
-const IMPORT_TLS_GET_ADDR: usize = offset_of!(Worker, imports) + 8 * Import::TlsGetAddr as usize;
-const _: () = assert!(IMPORTS.len() > Import::TlsGetAddr as usize);
-
-/// `__tls_get_addr` of images. Compilers used to call it with a misaligned
-/// stack: all but the shortest ways align it.
-///
-/// # Safety
-/// Called with the address of a [`TlsIndex`] that the patcher filled in.
-#[unsafe(naked)]
-#[cfg_attr(bridge_image, unsafe(no_mangle))]
-pub unsafe extern "C" fn ng_tls_get_addr(index: *const TlsIndex) -> *mut u8 {
-    naked_asm!(
-        ".cfi_startproc",
-        "endbr64",
-        "mov rax, [rdi]",
-        "test rax, rax",
-        "js 3f", // TLS_STATIC
-        "mov rcx, [rip + {ng_worker}@GOTPCREL]",
-        "mov rcx, [rcx]",
-        "mov rdx, rax",
-        "shr rdx, 32",
-        "jz 4f", // one of the dynamic linker's
-        "mov rdx, [rcx + {thread}]",
-        "cmp rdx, fs:[0]",
-        "jne 2f",
-        "mov rax, [rax + {home}]",
-        "test rax, rax",
-        "jz 2f",
-        "add rax, [rdi + 8]",
-        "ret",
-        "2:",
-        "push rbp",
-        ".cfi_def_cfa_offset 16",
-        ".cfi_offset rbp, -16",
-        "mov rbp, rsp",
-        ".cfi_def_cfa_register rbp",
-        "and rsp, -16",
-        "call {resolve}",
-        "leave",
-        ".cfi_def_cfa rsp, 8",
-        ".cfi_restore rbp",
-        "ret",
-        "3:",
-        "mov rax, fs:[0]",
-        "add rax, [rdi + 8]",
-        "ret",
-        "4:",
-        "jmp [rcx + {forward}]", // aligns the stack itself where it must
-        ".cfi_endproc",
-        ng_worker = sym imports::ng_worker,
-        thread = const offset_of!(Worker, thread),
-        home = const offset_of!(Module, home_block),
-        forward = const IMPORT_TLS_GET_ADDR,
-        resolve = sym resolve,
-    );
-}
-
-/// Resolver of a TLS descriptor whose argument is a [`TlsIndex`]: `rax` is the
-/// descriptor's address, and becomes the variable's offset from the thread
-/// pointer. Everything else is kept but the flags (the TLS descriptor
-/// convention): on the way that every request takes by using two registers,
-/// elsewhere by saving all that C code may change.
-///
-/// # Safety
-/// Called by compiled code through a TLS descriptor that the patcher filled.
-#[unsafe(naked)]
-#[cfg_attr(bridge_image, unsafe(no_mangle))]
-pub unsafe extern "C" fn ng_tlsdesc_dynamic() {
-    naked_asm!(
-        ".cfi_startproc",
-        "endbr64",
-        "push rdi",
-        ".cfi_adjust_cfa_offset 8",
-        ".cfi_rel_offset rdi, 0",
-        "push rsi",
-        ".cfi_adjust_cfa_offset 8",
-        ".cfi_rel_offset rsi, 0",
-        "mov rdi, [rax + 8]",
-        "mov rsi, [rdi]",
-        "test rsi, rsi",
-        "js 3f", // TLS_STATIC
-        "mov rax, rsi",
-        "shr rax, 32",
-        "jz 2f", // one of the dynamic linker's
-        "mov rax, [rip + {ng_worker}@GOTPCREL]",
-        "mov rax, [rax]",
-        "mov rax, [rax + {thread}]",
-        "cmp rax, fs:[0]",
-        "jne 2f",
-        "mov rax, [rsi + {home}]",
-        "test rax, rax",
-        "jz 2f",
-        "add rax, [rdi + 8]",
-        "sub rax, fs:[0]",
-        "pop rsi",
-        ".cfi_remember_state",
-        ".cfi_adjust_cfa_offset -8",
-        ".cfi_restore rsi",
-        "pop rdi",
-        ".cfi_adjust_cfa_offset -8",
-        ".cfi_restore rdi",
-        "ret",
-        "3:",
-        ".cfi_restore_state",
-        "mov rax, [rdi + 8]",
-        "pop rsi",
-        ".cfi_remember_state",
-        ".cfi_adjust_cfa_offset -8",
-        ".cfi_restore rsi",
-        "pop rdi",
-        ".cfi_adjust_cfa_offset -8",
-        ".cfi_restore rdi",
-        "ret",
-        "2:",
-        ".cfi_restore_state",
-        "push rbp",
-        ".cfi_adjust_cfa_offset 8",
-        ".cfi_rel_offset rbp, 0",
-        "mov rbp, rsp",
-        ".cfi_def_cfa_register rbp",
-        "push rbx",
-        ".cfi_offset rbx, -40",
-        "push rcx",
-        ".cfi_offset rcx, -48",
-        "push rdx",
-        ".cfi_offset rdx, -56",
-        "push r8",
-        ".cfi_offset r8, -64",
-        "push r9",
-        ".cfi_offset r9, -72",
-        "push r10",
-        ".cfi_offset r10, -80",
-        "push r11",
-        ".cfi_offset r11, -88",
-        "mov rcx, [rip + {ng_worker}@GOTPCREL]",
-        "mov rcx, [rcx]",
-        "mov rcx, [rcx + {xsave_len}]",
-        "test rcx, rcx",
-        "jz 5f",
-        "sub rsp, rcx",
-        "and rsp, -64",
-        // The area's header: XSAVE leaves parts of it as they are.
-        "xor eax, eax",
-        "mov [rsp + 512], rax",
-        "mov [rsp + 520], rax",
-        "mov [rsp + 528], rax",
-        "mov [rsp + 536], rax",
-        "mov [rsp + 544], rax",
-        "mov [rsp + 552], rax",
-        "mov [rsp + 560], rax",
-        "mov [rsp + 568], rax",
-        "mov eax, {components}",
-        "xor edx, edx",
-        "xsave64 [rsp]",
-        "call {resolve}",
-        "mov rbx, rax",
-        "mov eax, {components}",
-        "xor edx, edx",
-        "xrstor64 [rsp]",
-        "jmp 6f",
-        "5:",
-        "sub rsp, 512",
-        "and rsp, -64",
-        "fxsave64 [rsp]",
-        "call {resolve}",
-        "mov rbx, rax",
-        "fxrstor64 [rsp]",
-        "6:",
-        "mov rax, rbx",
-        "sub rax, fs:[0]",
-        "lea rsp, [rbp - 56]",
-        "pop r11",
-        "pop r10",
-        "pop r9",
-        "pop r8",
-        "pop rdx",
-        "pop rcx",
-        "pop rbx",
-        "pop rbp",
-        ".cfi_def_cfa rsp, 24",
-        "pop rsi",
-        ".cfi_adjust_cfa_offset -8",
-        "pop rdi",
-        ".cfi_adjust_cfa_offset -8",
-        "ret",
-        ".cfi_endproc",
-        ng_worker = sym imports::ng_worker,
-        thread = const offset_of!(Worker, thread),
-        home = const offset_of!(Module, home_block),
-        xsave_len = const offset_of!(Worker, xsave_len),
-        components = const sys::XSAVE_COMPONENTS,
-        resolve = sym resolve,
-    );
-}
-
-/// Resolver of a TLS descriptor whose argument is the offset from the thread
-/// pointer itself.
-///
-/// # Safety
-/// As for [`ng_tlsdesc_dynamic`].
-#[unsafe(naked)]
-#[cfg_attr(bridge_image, unsafe(no_mangle))]
-pub unsafe extern "C" fn ng_tlsdesc_static() {
-    naked_asm!(
-        ".cfi_startproc",
-        "endbr64",
-        "mov rax, [rax + 8]",
-        "ret",
-        ".cfi_endproc",
-    );
-}
-
-/// Resolver of a TLS descriptor of a weak symbol that nobody defines; the
-/// argument is the relocation's addend, and the variable's address becomes it.
-///
-/// # Safety
-/// As for [`ng_tlsdesc_dynamic`].
-#[unsafe(naked)]
-#[cfg_attr(bridge_image, unsafe(no_mangle))]
-pub unsafe extern "C" fn ng_tlsdesc_undefweak() {
-    naked_asm!(
-        ".cfi_startproc",
-        "endbr64",
-        "mov rax, [rax + 8]",
-        "sub rax, fs:[0]",
-        "ret",
-        ".cfi_endproc",
-    );
 }
 
 /// Address of the variable, whatever its index says.
@@ -343,35 +118,77 @@ pub(crate) unsafe fn block(module: &Module) -> Option<u64> {
     }
 }
 
+/// This thread's table, made if it is not there; `None` if there is no memory
+/// for it.
+unsafe fn table(graft: &Graft, worker: &Worker, key: u32) -> Option<*mut Table> {
+    // SAFETY: as for `block`; what `malloc` gave is ours. A signal handler may
+    // come in between and make the same: what is there then stays.
+    unsafe {
+        let before = worker.pthread_getspecific(key);
+        if before > GONE {
+            return Some(before as *mut Table);
+        }
+        let len = size_of::<Table>() + graft.tls_count as usize * size_of::<Block>();
+        let new = worker.malloc(len);
+        if new.is_null() {
+            return None;
+        }
+        new.write_bytes(0, len);
+        let table = new.cast::<Table>();
+        (*table).graft = core::ptr::from_ref(graft) as u64;
+        (*table).round = if before == GONE { LAST_ROUND } else { 0 };
+        let now = worker.pthread_getspecific(key);
+        if now > GONE {
+            worker.free(new);
+            return Some(now as *mut Table);
+        }
+        if worker.pthread_setspecific(key, new as u64) != 0 {
+            worker.free(new);
+            return None;
+        }
+        Some(table)
+    }
+}
+
+/// This thread's table, for `dlerror`'s part in it. With `make`, it is made if
+/// it is not there.
+///
+/// # Safety
+/// The graft has its key.
+pub(crate) unsafe fn errors(graft: &Graft, make: bool) -> Option<*mut Table> {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let worker = &*(graft.worker as *const Worker);
+        let key = graft.tls_key.get().wrapping_sub(1) as u32;
+        if make {
+            return table(graft, worker, key);
+        }
+        let table = worker.pthread_getspecific(key);
+        (table > GONE).then_some(table as *mut Table)
+    }
+}
+
+/// The module's block on this thread, 0 if it has none.
+///
+/// # Safety
+/// The graft has its key.
+pub(crate) unsafe fn existing(module: &Module) -> u64 {
+    // SAFETY: as the caller promises.
+    unsafe {
+        match errors(&*(module.graft as *const Graft), false) {
+            Some(table) if module.tls.mem_size != 0 => (*(*table).block(module.tls.index)).start,
+            _ => 0,
+        }
+    }
+}
+
 #[cold]
 #[inline(never)]
 unsafe fn make(graft: &Graft, worker: &Worker, module: &Module, key: u32) -> Option<u64> {
     // SAFETY: as for `block`; what `malloc` gave is ours. A signal handler may
     // come in between and make the same: what is there then stays.
     unsafe {
-        let mut table = worker.pthread_getspecific(key);
-        if table <= GONE {
-            let entries = graft.tls_count as usize * size_of::<Block>();
-            let new = worker.malloc(size_of::<Table>() + entries);
-            if new.is_null() {
-                return None;
-            }
-            new.write_bytes(0, size_of::<Table>() + entries);
-            new.cast::<Table>().write(Table {
-                graft: module.graft,
-                round: if table == GONE { LAST_ROUND } else { 0 },
-            });
-            table = worker.pthread_getspecific(key);
-            if table > GONE {
-                worker.free(new);
-            } else {
-                if worker.pthread_setspecific(key, new as u64) != 0 {
-                    worker.free(new);
-                    return None;
-                }
-                table = new as u64;
-            }
-        }
+        let table = table(graft, worker, key)?;
         let tls = &module.tls;
         let align = tls.align.max(1);
         let size = tls.mem_size.checked_add(align)?;
@@ -384,7 +201,7 @@ unsafe fn make(graft: &Graft, worker: &Worker, module: &Module, key: u32) -> Opt
         let (file, zero) = (tls.file_size.min(tls.mem_size) as usize, start as *mut u8);
         core::ptr::copy_nonoverlapping(tls.image as *const u8, zero, file);
         zero.add(file).write_bytes(0, tls.mem_size as usize - file);
-        let entry = (*(table as *mut Table)).block(tls.index);
+        let entry = (*table).block(tls.index);
         if (*entry).start == 0 {
             entry.write(Block {
                 start,
@@ -402,7 +219,7 @@ unsafe fn make(graft: &Graft, worker: &Worker, module: &Module, key: u32) -> Opt
 /// # Safety
 /// On the initialisers' thread, before the first of them.
 pub(crate) unsafe fn create_key(graft: &Graft, worker: &Worker) -> Result<(), (u32, i32)> {
-    if graft.tls_count == 0 || graft.tls_key.get() != 0 {
+    if graft.tls_key.get() != 0 {
         return Ok(());
     }
     let mut key = 0;
@@ -525,6 +342,9 @@ pub unsafe extern "C" fn ng_tls_free(table: *mut c_void) {
                 worker.free(allocation as *mut u8);
             }
             index += 1;
+        }
+        if (*table).error_text != 0 {
+            worker.free((*table).error_text as *mut u8);
         }
         worker.free(table.cast());
     }

@@ -1,0 +1,243 @@
+//! The entry of the worker's own routine, and sites that were seen there.
+
+use super::elf::{TABLE, TEXT, library};
+use crate::code::{
+    Executable, ImageAddress, Live, NoWindow, NotASite, Seen, StubError, Tail, WindowKind, analyse,
+};
+
+const TAIL: Tail = Tail::Routine {
+    record: 0x1234_5678_9abc,
+    bridge_entry: 0x7f00_0000_0040,
+};
+
+#[rustfmt::skip]
+const ROUTINE: [u8; 16] = [
+    0xf3, 0x0f, 0x1e, 0xfa,       // endbr64
+    0x55,                         // push rbp
+    0x41, 0x57,                   // push r15
+    0x48, 0x8b, 0x05, 0x00, 0x10, 0x00, 0x00, // mov rax, [rip+0x1000]
+    0xc3,                         // ret
+    0x90,
+];
+
+fn executable(code: &[u8], size: u64) -> Executable {
+    Executable::parse(&library(code, &[("routine", 0, size)], &[])).unwrap()
+}
+
+#[test]
+fn the_stub_keeps_r11_for_the_bridge_and_the_rpc_goes_on_at_the_copies() {
+    let code = executable(&ROUTINE, 15);
+    let window = code.window(ImageAddress(TEXT)).unwrap();
+    assert_eq!(window.start, ImageAddress(TEXT + 4), "behind the endbr64");
+    assert_eq!(window.before, ROUTINE[4..14]);
+    assert_eq!((window.kind, window.branch), (WindowKind::Entry, 10));
+    let (bias, at) = (0x5555_0000_0000, 0x5555_0000_1000);
+    let stub = window.stub(bias, at, &TAIL).unwrap();
+    let text: Vec<&str> = stub.listing.iter().map(|l| l.text.as_str()).collect();
+    assert_eq!(text[0], "push r11");
+    assert_eq!(text[1], "mov r11,123456789ABCh");
+    assert_eq!(text[3], ".quad 0x7f0000000040");
+    assert_eq!(text[4], "push rbp");
+    assert_eq!(text[5], "push r15");
+    assert_eq!(
+        text[6],
+        format!("mov rax,[{:X}h]", bias + TEXT + 14 + 0x1000)
+    );
+    assert_eq!(text[7], format!("jmp {:016X}h", bias + TEXT + 14));
+    // The first copy is where the RPC goes on.
+    assert_eq!(stub.boundaries[0], (0, stub.listing[4].offset));
+    let after = window.after(bias, at).unwrap();
+    assert_eq!(after.len(), 10);
+    assert_eq!((after[0], &after[5..]), (0xe9, &[0xcc; 5][..]));
+}
+
+#[test]
+fn the_tail_is_for_entries_alone() {
+    let call = [0x49, 0x89, 0xe0, 0x90, 0x90, 0x90, 0xff, 0x55, 0x08, 0xc3];
+    let file = library(&call, &[("f", 0, 10)], &[]);
+    let map = analyse(&file).unwrap();
+    let seen = Seen {
+        return_address: TEXT + 9,
+        registers: [0; 16],
+    };
+    let window = map.seen(&seen, 0, 0x77, &Nothing, &[]).unwrap();
+    assert_eq!(
+        window.stub(0, TEXT + 0x1000, &TAIL),
+        Err(StubError::Mismatch)
+    );
+}
+
+#[test]
+fn a_routine_that_is_too_short_or_entered_in_its_first_bytes_has_no_window() {
+    let short = executable(&[0x31, 0xc0, 0xc3, 0x55, 0xc3], 3);
+    assert!(matches!(
+        short.window(ImageAddress(TEXT)),
+        Err(NoWindow::Short { .. })
+    ));
+    // push rbp; mov rbp, rsp; dec eax; jnz back behind the push
+    let looped = [0x55, 0x48, 0x89, 0xe5, 0xff, 0xc8, 0x75, 0xf9, 0xc3];
+    assert!(matches!(
+        executable(&looped, 9).window(ImageAddress(TEXT)),
+        Err(NoWindow::Entered { .. })
+    ));
+    // One to its start is none: who comes from there comes by the window.
+    let again = [0x55, 0x48, 0x89, 0xe5, 0xff, 0xc8, 0x75, 0xf8, 0xc3];
+    assert!(executable(&again, 9).window(ImageAddress(TEXT)).is_ok());
+    assert!(
+        matches!(
+            executable(&ROUTINE, 15).window(ImageAddress(TEXT + 5)),
+            Err(NoWindow::Undecodable { .. })
+        ),
+        "no function begins there"
+    );
+}
+
+/// `main` that passes two functions to what a pointer leads to.
+fn creating(second: i32) -> Executable {
+    let mut code = vec![0x53, 0x48, 0x83, 0xec, 0x10]; // push rbx; sub rsp, 16
+    let lea = |code: &mut Vec<u8>, register: u8, to: i32| {
+        code.extend([0x48, 0x8d, register]);
+        let end = code.len() as i32 + 4;
+        code.extend((to - end).to_le_bytes());
+    };
+    lea(&mut code, 0x35, 0x40); // lea rsi, [invoke]
+    lea(&mut code, 0x15, second); // lea rdx, [append]
+    code.extend([0x48, 0x8d, 0x4c, 0x24, 0x08]); // lea rcx, [rsp+8]
+    code.extend([0xff, 0x57, 0x10]); // call [rdi+10h]
+    code.extend([0x48, 0x83, 0xc4, 0x10, 0x5b, 0xc3]); // add rsp, 16; pop rbx; ret
+    code.resize(0x40, 0x90);
+    code.extend([0x55, 0x5d, 0xc3]);
+    code.resize(0x50, 0x90);
+    code.extend([0x55, 0x5d, 0xc3]);
+    let functions = [("main", 0, 0x30), ("invoke", 0x40, 3), ("append", 0x50, 3)];
+    Executable::parse(&library(&code, &functions, &[])).unwrap()
+}
+
+#[test]
+fn what_is_passed_to_create_is_told_by_the_call() {
+    let invoke = ImageAddress(TEXT + 0x40);
+    assert_eq!(creating(0x50).passed_to_create(), [invoke]);
+    assert_eq!(
+        creating(0x40).passed_to_create(),
+        [],
+        "the same function twice"
+    );
+    assert_eq!(
+        creating(0x51).passed_to_create(),
+        [],
+        "no function begins there"
+    );
+    assert_eq!(
+        creating((TABLE as i64 - TEXT as i64) as i32).passed_to_create(),
+        [],
+        "no function at all"
+    );
+}
+
+struct Nothing;
+
+impl Live for Nothing {
+    fn word(&self, _: u64) -> Option<u64> {
+        None
+    }
+    fn is_code(&self, _: u64) -> bool {
+        false
+    }
+    fn is_stack(&self, _: u64) -> bool {
+        false
+    }
+}
+
+/// One word at one address.
+struct Word(u64, u64);
+
+impl Live for Word {
+    fn word(&self, at: u64) -> Option<u64> {
+        (at == self.0).then_some(self.1)
+    }
+    fn is_code(&self, at: u64) -> bool {
+        (0x70_0000..0x80_0000).contains(&at)
+    }
+    fn is_stack(&self, at: u64) -> bool {
+        at >= 0x7fff_0000
+    }
+}
+
+const INVOKE: u64 = 0x70_0040;
+
+#[test]
+fn a_call_that_was_seen_is_told_from_one_of_something_else() {
+    #[rustfmt::skip]
+    let code = [
+        0x49, 0x89, 0xe0, 0x90, 0x90, 0x90, // mov r8, rsp; nops
+        0xff, 0x55, 0x08,             // 6: call [rbp+8]
+        0x4c, 0x8d, 0x4c, 0x24, 0x08, // 9: lea r9, [rsp+8]
+        0x41, 0xff, 0xd2,             // 14: call r10
+        0xe8, 0x00, 0x00, 0x00, 0x00, // 17: call the next
+        0x50,                         // 22: push rax
+        0xff, 0xd3,                   // 23: call rbx
+        0xc3,
+    ];
+    let bias = 0x10_0000;
+    let map = analyse(&library(&code, &[("f", 0, 26)], &[])).unwrap();
+    let seen = |offset: u64| {
+        let mut registers = [0; 16];
+        registers[3] = INVOKE; // rbx
+        registers[5] = 0x5000; // rbp
+        registers[10] = INVOKE;
+        Seen {
+            return_address: bias + TEXT + offset,
+            registers,
+        }
+    };
+    let find = |seen: &Seen, live: &dyn Live, taken: &[(u64, u64)]| {
+        map.seen(seen, bias, INVOKE, live, taken)
+    };
+    let window = find(&seen(9), &Word(0x5008, INVOKE), &[]).unwrap();
+    assert_eq!(window.before.last_chunk(), Some(&[0xff, 0x55, 0x08]));
+    let elsewhere = find(&seen(9), &Word(0x5008, INVOKE + 8), &[]);
+    assert!(
+        matches!(elsewhere, Err(NotASite::OtherTarget { .. })),
+        "another function is there"
+    );
+    assert!(
+        find(&seen(9), &Word(0x5008, 7), &[]).is_ok(),
+        "no code: used again since"
+    );
+    assert!(find(&seen(9), &Nothing, &[]).is_ok(), "unmapped since");
+    let mut on_stack = seen(9);
+    on_stack.registers[5] = 0x7fff_0100;
+    assert!(
+        find(&on_stack, &Word(0x7fff_0108, INVOKE + 8), &[]).is_ok(),
+        "words there do not last"
+    );
+
+    assert!(find(&seen(17), &Nothing, &[]).is_ok());
+    let mut other = seen(17);
+    other.registers[10] = INVOKE + 16;
+    assert!(matches!(
+        find(&other, &Nothing, &[]),
+        Err(NotASite::OtherTarget { .. })
+    ));
+    assert!(matches!(
+        find(&seen(22), &Nothing, &[]),
+        Err(NotASite::Direct { .. })
+    ));
+    assert!(matches!(
+        find(&seen(25), &Nothing, &[]),
+        Err(NotASite::NoWindow(NoWindow::Displaced { .. }))
+    ));
+    assert!(matches!(
+        find(&seen(16), &Nothing, &[]),
+        Err(NotASite::NoCall { .. })
+    ));
+    let far = find(&seen(0x9_0000), &Nothing, &[]);
+    assert!(matches!(far, Err(NotASite::NoCall { .. })));
+
+    let live = bias + TEXT;
+    let taken = find(&seen(9), &Nothing, &[(live + 3, live + 9)]);
+    assert!(
+        matches!(taken, Err(NotASite::NoWindow(NoWindow::Overlap { .. }))),
+        "{taken:?}"
+    );
+}

@@ -1,0 +1,355 @@
+//! What a plan needs beyond the sites with a constant name.
+//!
+//! ```text
+//!  a site without a window, or no site known ─► the entry of the worker's own
+//!                                               routine, below its executable
+//!  calls seen at that entry                  ─► their sites, each near its library
+//!  names of all grafts                       ─► the bridge's table
+//! ```
+//!
+//! These windows serve every callee: they are put in place with the first edge
+//! that is fused and go with the last.
+
+use std::mem::offset_of;
+
+use nightgraft_bridge::{abi, names};
+
+use super::build::{Input, Sites, in_order, stores};
+use super::layout::{self, Area};
+use super::{Access, Mapping, Part, PatchPlan, Store, Unfused, placement};
+use crate::code::{CodeMap, Executable, ImageAddress, Tail, Window, WindowKind};
+use crate::elf::hex;
+use crate::manifest::{Manifest, Region, WindowRecord};
+use crate::refused::Refused;
+use crate::snapshot::{Map, Module};
+
+const PAGE: u64 = 4096;
+/// Room for one stub.
+const STUB: u64 = 512;
+/// Modules whose code is the system's: nothing there is the caller's site.
+const SYSTEM: [&str; 9] = [
+    "libc.so.6",
+    "libm.so.6",
+    "ld-linux-x86-64.so.2",
+    "libpthread.so.0",
+    "libdl.so.2",
+    "librt.so.1",
+    "libstdc++.so.6",
+    "libgcc_s.so.1",
+    "libc++.so.1",
+];
+
+/// Completes a plan that is otherwise done.
+pub(super) fn complete(
+    input: &Input<'_>,
+    sites: &Sites,
+    plan: &mut PatchPlan,
+) -> Result<(), Refused> {
+    let before = plan.manifest.windows.len();
+    let needed = sites.usable.is_empty() || !sites.unfused.is_empty();
+    if needed && !plan.has_routine() {
+        match routine(input, plan) {
+            Ok(island) => add(plan, island),
+            // Some sites are better than none.
+            Err(_) if !sites.usable.is_empty() => {}
+            Err(refused) => return Err(refused),
+        }
+    }
+    if plan.has_routine() {
+        plan.through_routine = std::mem::take(&mut plan.unfused);
+        seen(input, plan);
+    }
+    if plan.manifest.windows.len() > before {
+        if plan.already {
+            plan.already = false;
+            if let Some(graft) = plan.manifest.graft(input.name) {
+                plan.stores = stores(&plan.manifest, graft);
+            }
+        }
+        plan.windows = in_order(std::mem::take(&mut plan.windows));
+        plan.manifest.encode()?;
+    }
+    if !plan.already {
+        plan.stores.extend(tables(&plan.manifest));
+    }
+    match input.memory_room {
+        Some(room) if plan.resident_bytes() > room => Err(Refused::MemoryLimit {
+            bytes: plan.resident_bytes(),
+            room,
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// The bridge's table of names, and where RPCs go on behind the routine's
+/// window; made anew each time.
+fn tables(manifest: &Manifest) -> Vec<Store> {
+    // What only a fused callee calls is not called by a site.
+    let grafts = (manifest.grafts.iter()).filter(|g| !g.replaced && g.parent == 0);
+    let names = names::fill(grafts.map(|g| (g.callee.as_bytes(), g.slot)));
+    let field = |offset: usize| manifest.worker + offset as u64;
+    let mut all = vec![Store {
+        address: field(offset_of!(abi::Worker, names)),
+        bytes: names.into(),
+        what: "table of names".into(),
+    }];
+    let routine = manifest.windows.iter().find(|w| w.routine);
+    if let Some(&(_, resume)) = routine.and_then(|w| w.copies.first()) {
+        all.push(Store {
+            address: field(offset_of!(abi::Worker, resume)),
+            bytes: resume.to_le_bytes().into(),
+            what: "where the RPC goes on behind the routine's window".into(),
+        });
+    }
+    all
+}
+
+/// A mapping of its own, and the windows that lead there.
+struct Island {
+    mapping: Mapping,
+    windows: Vec<WindowRecord>,
+}
+
+fn add(plan: &mut PatchPlan, island: Island) {
+    plan.manifest.regions.push(island.mapping.reservation);
+    plan.manifest.windows.extend(island.windows.iter().cloned());
+    plan.windows.extend(island.windows);
+    plan.islands.push(island.mapping);
+}
+
+/// The mappings as they will be once what is planned so far is there.
+fn maps(input: &Input<'_>, plan: &PatchPlan) -> Vec<Map> {
+    let planned = plan.mappings().map(|m| Map {
+        start: m.reservation.start,
+        end: m.reservation.start + m.reservation.len,
+        writable: false,
+        executable: false,
+        name: String::new(),
+    });
+    let mut all: Vec<Map> = input.caller.maps.iter().cloned().chain(planned).collect();
+    all.sort_by_key(|m| m.start);
+    all
+}
+
+fn range(module: &Module) -> (u64, u64) {
+    (
+        module.image.low().wrapping_add(module.bias),
+        module.image.high().wrapping_add(module.bias),
+    )
+}
+
+/// The window at the entry of the worker's own routine.
+fn routine(input: &Input<'_>, plan: &PatchPlan) -> Result<Island, Refused> {
+    let invoke = input.invoke.clone()?;
+    let executable = input.caller.executable();
+    let no_window = |reason: String| Refused::NoRoutineWindow {
+        executable: executable.path.clone(),
+        reason,
+    };
+    let code = Executable::parse(&executable.image.bytes).map_err(|e| no_window(e.to_string()))?;
+    let window = code
+        .window(ImageAddress(invoke.wrapping_sub(executable.bias)))
+        .map_err(|e| no_window(e.to_string()))?;
+    let span = range(executable);
+    let start = placement::below(&maps(input, plan), span, island_len(1)).ok_or_else(|| {
+        Refused::NoRoomNear {
+            library: executable.path.clone(),
+            bytes: island_len(1),
+        }
+    })?;
+    island(plan, executable, start, &[window], true).map_err(no_window)
+}
+
+/// Rewrites the sites that calls were seen to come from, and notes those that
+/// can't be. A library that holds none costs nothing.
+fn seen(input: &Input<'_>, plan: &mut PatchPlan) {
+    let (Some(present), Ok(invoke)) = (input.present, input.invoke) else {
+        return;
+    };
+    let Some(graft) = present.manifest.graft(input.name) else {
+        return;
+    };
+    let known = |plan: &PatchPlan, to: u64| {
+        let mut windows = plan.manifest.windows.iter();
+        windows.any(|w| w.call && w.end() == to)
+    };
+    let calls: Vec<_> = present
+        .unresolved(graft)
+        .map(|call| call.seen)
+        .filter(|seen| !known(plan, seen.return_address))
+        .collect();
+    for (index, module) in input.caller.modules.iter().enumerate() {
+        let (low, high) = range(module);
+        let here: Vec<_> = calls
+            .iter()
+            .filter(|c| (low..high).contains(&c.return_address))
+            .collect();
+        if here.is_empty() {
+            continue;
+        }
+        let own;
+        let code: &CodeMap = if index == input.caller.library {
+            input.code
+        } else if index == 0 || SYSTEM.contains(&module.short_name()) {
+            continue;
+        } else if let Ok(code) = super::analyse(module) {
+            own = code;
+            &own
+        } else {
+            continue;
+        };
+        let mut windows: Vec<Window> = Vec::new();
+        for call in here {
+            let live = |w: &Window| {
+                let start = w.start.0.wrapping_add(module.bias);
+                (start, start + w.before.len() as u64)
+            };
+            let taken: Vec<(u64, u64)> = plan
+                .manifest
+                .windows
+                .iter()
+                .map(|w| (w.address, w.end()))
+                .chain(windows.iter().map(live))
+                .collect();
+            match code.seen(call, module.bias, *invoke, input.live, &taken) {
+                Ok(window) => windows.push(window),
+                Err(reason) => note(plan, call.return_address, &reason.to_string()),
+            }
+        }
+        if windows.is_empty() {
+            continue;
+        }
+        let len = island_len(windows.len());
+        let start = placement::near(&maps(input, plan), (low, high), len);
+        match start.map(|start| island(plan, module, start, &windows, false)) {
+            Some(Ok(island)) => add(plan, island),
+            // They go on through the routine's entry.
+            Some(Err(reason)) => note(plan, low, &reason),
+            None => note(plan, low, "there is no room near the library"),
+        }
+    }
+}
+
+fn note(plan: &mut PatchPlan, at: u64, reason: &str) {
+    plan.through_routine.push(Unfused {
+        at,
+        reason: reason.to_owned(),
+    });
+}
+
+/// Bytes of an island of so many windows: stubs, then their records.
+fn island_len(windows: usize) -> u64 {
+    let record = size_of::<abi::Site>().max(size_of::<abi::Routine>()) as u64;
+    stubs_len(windows) + (windows as u64 * record).next_multiple_of(PAGE)
+}
+
+fn stubs_len(windows: usize) -> u64 {
+    (windows as u64 * STUB).next_multiple_of(PAGE)
+}
+
+fn island(
+    plan: &PatchPlan,
+    module: &Module,
+    start: u64,
+    windows: &[Window],
+    routine: bool,
+) -> Result<Island, String> {
+    let manifest = &plan.manifest;
+    let stubs = Region {
+        start,
+        len: stubs_len(windows.len()),
+    };
+    let mut area = Area::new(start + stubs.len);
+    let mut code: Vec<u8> = Vec::new();
+    let mut records = Vec::new();
+    for window in windows {
+        code.resize(code.len().next_multiple_of(16), 0xcc);
+        let at = start + code.len() as u64;
+        let record = if routine {
+            area.reserve(size_of::<abi::Routine>(), align_of::<abi::Routine>())
+        } else {
+            area.reserve(size_of::<abi::Site>(), align_of::<abi::Site>())
+        };
+        let tail = if routine {
+            Tail::Routine {
+                record,
+                bridge_entry: manifest.bridge.routine,
+            }
+        } else {
+            Tail::Bridge {
+                site_record: record,
+                bridge_entry: manifest.bridge.enter,
+            }
+        };
+        let stub = window
+            .stub(module.bias, at, &tail)
+            .map_err(|e| e.to_string())?;
+        if stub.bytes.len() as u64 > STUB {
+            return Err(format!(
+                "the stub of {} has {} bytes",
+                hex(&window.before),
+                stub.bytes.len()
+            ));
+        }
+        let copies: Vec<(u8, u64)> = stub
+            .boundaries
+            .iter()
+            .map(|(from, to)| (*from, at + u64::from(*to)))
+            .collect();
+        if routine {
+            let resume = copies.first().map_or(0, |(_, to)| *to);
+            area.put_u64(
+                record + offset_of!(abi::Routine, worker) as u64,
+                manifest.worker,
+            );
+            area.put_u64(record + offset_of!(abi::Routine, resume) as u64, resume);
+        } else {
+            layout::site(&mut area, record, 0, 0, manifest.worker);
+        }
+        records.push(WindowRecord {
+            address: window.start.0.wrapping_add(module.bias),
+            before: window.before.clone(),
+            after: window.after(module.bias, at).map_err(|e| e.to_string())?,
+            entry: false,
+            routine,
+            dynamic: !routine,
+            call: window.kind == WindowKind::Call,
+            site: record,
+            copies,
+            names: Vec::new(),
+            cached: None,
+        });
+        code.extend(stub.bytes);
+    }
+    let part = |what: &str, region: Region, access, bytes| Part {
+        what: what.to_owned(),
+        start: region.start,
+        len: region.len,
+        access,
+        bytes,
+    };
+    let data = Region {
+        start: area.base,
+        len: (area.bytes.len() as u64).next_multiple_of(PAGE),
+    };
+    let what = if routine {
+        "stub of the worker's own routine"
+    } else {
+        "stubs of sites seen at run time"
+    };
+    Ok(Island {
+        mapping: Mapping {
+            reservation: Region {
+                start,
+                len: stubs.len + data.len,
+            },
+            parts: vec![
+                part(what, stubs, Access::ReadExecute, code),
+                part("records", data, Access::ReadWrite, area.bytes),
+            ],
+            control: None,
+            thread_field: None,
+        },
+        windows: records,
+    })
+}
