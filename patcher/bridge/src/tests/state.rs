@@ -35,13 +35,12 @@ fn module(world: &World) -> *const Module {
 }
 
 fn text(at: *const c_char) -> Option<String> {
-    // SAFETY: NULL, or NUL-terminated.
-    (!at.is_null()).then(|| {
-        unsafe { CStr::from_ptr(at) }
-            .to_str()
-            .expect("ASCII")
-            .to_owned()
-    })
+    if at.is_null() {
+        return None;
+    }
+    // SAFETY: NUL-terminated, as every caller passes it.
+    let text = unsafe { CStr::from_ptr(at) };
+    Some(text.to_str().expect("ASCII").to_owned())
 }
 
 #[test]
@@ -349,21 +348,15 @@ fn threads_draw_every_number_once() {
     let m = module(&world) as usize;
     // SAFETY: as above.
     unsafe { ng_srandom(9, module(&world)) };
+    let draw = move || -> Vec<c_long> {
+        // SAFETY: as above.
+        let one = |_| unsafe { ng_random(m as *const Module) };
+        (0..5_000).map(one).collect()
+    };
     let mut drawn: Vec<c_long> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..4)
-            // SAFETY: as above.
-            .map(|_| {
-                scope.spawn(move || {
-                    (0..5_000)
-                        .map(|_| unsafe { ng_random(m as *const Module) })
-                        .collect::<Vec<_>>()
-                })
-            })
-            .collect();
-        threads
-            .into_iter()
-            .flat_map(|t| t.join().expect("no panic"))
-            .collect()
+        let threads: Vec<_> = (0..4).map(|_| scope.spawn(draw)).collect();
+        let each = threads.into_iter();
+        each.flat_map(|t| t.join().expect("no panic")).collect()
     });
     // SAFETY: as above.
     let mut alone: Vec<c_long> = unsafe {
