@@ -22,6 +22,7 @@ use crate::discover::{ProcRoot, scan_within};
 use crate::error::AgentError;
 use crate::grafter::Grafter;
 use crate::ops::{self, Context};
+use crate::policy::Policy;
 
 /// How many requests may wait.
 const QUEUE: usize = 64;
@@ -60,6 +61,7 @@ pub struct DriverHandle {
 pub fn start(
     grafter: Arc<dyn Grafter>,
     proc_root: ProcRoot,
+    policy: Arc<Policy>,
 ) -> std::io::Result<(DriverHandle, JoinHandle<()>)> {
     let (queue, jobs) = mpsc::channel(QUEUE);
     let waiting = Arc::new(AtomicUsize::new(0));
@@ -69,7 +71,7 @@ pub fn start(
     };
     let thread = std::thread::Builder::new()
         .name("driver".to_owned())
-        .spawn(move || run(jobs, &*grafter, &proc_root, &waiting))?;
+        .spawn(move || run(jobs, &*grafter, &proc_root, &policy, &waiting))?;
     Ok((handle, thread))
 }
 
@@ -77,12 +79,14 @@ fn run(
     mut jobs: mpsc::Receiver<Job>,
     grafter: &dyn Grafter,
     proc_root: &ProcRoot,
+    policy: &Policy,
     waiting: &AtomicUsize,
 ) {
     let context = Context {
         grafter,
         clock: &SystemClock,
         proc_root,
+        policy,
     };
     while let Some(job) = jobs.blocking_recv() {
         if job.abandoned() {

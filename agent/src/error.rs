@@ -163,7 +163,7 @@ pub fn graft_code(error: &GraftError) -> &'static str {
 
 fn graft_hint(error: &GraftError) -> Option<String> {
     match error {
-        GraftError::Refused(refused) => Some(refused.lift().to_owned()),
+        GraftError::Refused(refused) => Some(refused.lift()),
         GraftError::TracedBy { tracer_pid, .. } => Some(format!(
             "detach the tracer (pid {tracer_pid}) and try again"
         )),

@@ -13,6 +13,7 @@
 use std::path::PathBuf;
 
 pub use nightgraft_patcher::Refused;
+pub use nightgraft_patcher::effects::{Allowance, Effect};
 pub use nightgraft_patcher::report::{
     CalleeState, Disturbed, EdgeCounters, GraftStatus, PatchReceipt, RevertReceipt, RpcReasons,
     SiteProof, WorkerStatus,
@@ -38,6 +39,8 @@ pub struct Explained {
     pub text: String,
     /// The plan as the patcher serialises it.
     pub plan: serde_json::Value,
+    /// Why a patch would be refused nevertheless: effects that are not allowed.
+    pub refused: Option<Refused>,
 }
 
 /// Why a call of [`Grafter`] did not do what it was asked.
@@ -80,7 +83,8 @@ pub enum GraftError {
 
 /// Fuses, un-fuses and reads workers.
 pub trait Grafter: Send + Sync {
-    /// Plans the fusing of `callee` into `caller` and touches neither.
+    /// Plans the fusing of `callee` into `caller` and touches neither. The plan
+    /// tells which effects are not `allowed`, and is made all the same.
     ///
     /// # Errors
     /// [`GraftError::Refused`] where the edge can't be fused right; else what
@@ -90,10 +94,12 @@ pub trait Grafter: Send + Sync {
         caller: &Target,
         callee: &Target,
         callee_name: &str,
+        allowed: Allowance,
     ) -> Result<Explained, GraftError>;
 
     /// Fuses `callee` into `caller`. An edge that is fused already is left as
-    /// it is, and the receipt says so ([`PatchReceipt::already`]).
+    /// it is, and the receipt says so ([`PatchReceipt::already`]). A callee
+    /// that shows guarded effects which are not `allowed` is refused.
     ///
     /// # Errors
     /// Any [`GraftError`]; the worker then runs its original code.
@@ -102,6 +108,7 @@ pub trait Grafter: Send + Sync {
         caller: &Target,
         callee: &Target,
         callee_name: &str,
+        allowed: Allowance,
     ) -> Result<PatchReceipt, GraftError>;
 
     /// Un-fuses an edge: the gate at once, the bytes when no thread is inside.

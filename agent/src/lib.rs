@@ -24,6 +24,7 @@ pub mod factory;
 pub mod grafter;
 pub mod live;
 pub mod ops;
+pub mod policy;
 pub mod select;
 pub mod server;
 pub mod socket;

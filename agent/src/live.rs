@@ -9,7 +9,7 @@ use nightgraft_patcher::session::{self, Failure, Function};
 use nightgraft_patcher::snapshot::SnapshotError;
 
 use crate::grafter::{
-    Explained, GraftError, Grafter, PatchReceipt, RevertReceipt, Target, WorkerStatus,
+    Allowance, Explained, GraftError, Grafter, PatchReceipt, RevertReceipt, Target, WorkerStatus,
 };
 
 /// The patcher.
@@ -32,12 +32,18 @@ impl Grafter for Live {
         caller: &Target,
         callee: &Target,
         callee_name: &str,
+        allowed: Allowance,
     ) -> Result<Explained, GraftError> {
-        let plan = session::explain(function(caller), function(callee), callee_name)
+        let plan = session::explain(function(caller), function(callee), callee_name, allowed)
             .map_err(|failure| failed(failure, &[caller, callee]))?;
         let text = plan.render();
+        let refused = plan.refusal();
         match serde_json::to_value(&plan) {
-            Ok(plan) => Ok(Explained { text, plan }),
+            Ok(plan) => Ok(Explained {
+                text,
+                plan,
+                refused,
+            }),
             Err(error) => Err(GraftError::Failed(format!(
                 "the plan can't be serialised: {error}"
             ))),
@@ -49,11 +55,13 @@ impl Grafter for Live {
         caller: &Target,
         callee: &Target,
         callee_name: &str,
+        allowed: Allowance,
     ) -> Result<PatchReceipt, GraftError> {
         session::patch(
             function(caller),
             function(callee),
             callee_name,
+            allowed,
             &self.limits,
         )
         .map_err(|failure| failed(failure, &[caller, callee]))

@@ -224,6 +224,7 @@ fn the_agent_s_help_says_what_it_needs() {
     for what in [
         "--socket <PATH>",
         "--docker-socket <PATH>",
+        "--config <FILE>",
         "--pid=host",
         "--cap-add SYS_PTRACE",
     ] {

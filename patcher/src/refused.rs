@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::effects::EffectsSeen;
+
 /// Defines the enum together with each refusal's stable code and what lifts
 /// it, so that none can be forgotten.
 macro_rules! refusals {
@@ -26,8 +28,9 @@ macro_rules! refusals {
 
             /// What would lift the refusal.
             #[must_use]
-            pub fn lift(&self) -> &'static str {
-                match self { $(Refused::$name { .. } => $lift,)* }
+            #[expect(unused_variables, reason = "few texts name a field")]
+            pub fn lift(&self) -> String {
+                match self { $(Refused::$name { $($field),* } => format!($lift),)* }
             }
         }
     };
@@ -201,7 +204,17 @@ refusals! {
         /// The function or variable that the callee imports.
         symbol: String,
     } = "shared-state", "{library} and {caller} would share the hidden state of {symbol}",
-        "use the re-entrant function in either of them (strtok_r, hsearch_r, getpwent_r, ...)";
+        "use the re-entrant function in either of them (hsearch_r, getpwent_r, ...)";
+    /// The callee may touch what is the caller's, and that is not allowed.
+    Effects {
+        /// The callee's library.
+        library: String,
+        /// What it shows and is not allowed.
+        seen: EffectsSeen,
+        /// Everything that needs to be allowed, as `--allow-effects` takes it.
+        flag: String,
+    } = "effects", "fused, {library} would use the caller's, which nobody allowed: {seen}",
+        "if that may be the caller's, patch with --allow-effects {flag}, or have allow-effects say so for the edge in the agent's configuration";
     /// A relocation that is not supported.
     UnsupportedRelocation {
         /// The callee's library.

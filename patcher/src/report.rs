@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::effects::Effect;
+
 /// The state of a callee inside one caller's worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -133,6 +135,8 @@ pub struct PatchReceipt {
     /// that entry is left alone.
     #[serde(default)]
     pub through_routine: Option<usize>,
+    /// What the callee may touch that is the caller's.
+    pub effects: Vec<Effect>,
     /// Windows written, read back.
     pub sites: Vec<SiteProof>,
     /// Nanoseconds of the stop in which the windows were written: from the

@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use crate::apply::{self, ApplyError, Limits};
 use crate::code::{CodeMap, Live};
+use crate::effects::Allowance;
 use crate::elf::Image;
 use crate::manifest::{self, FindError, Present};
 use crate::plan::{self, Input, PatchPlan};
@@ -109,20 +110,27 @@ fn bridge() -> Result<Arc<Image>, Failure> {
 }
 
 /// Plans the fusing of `name` (whose worker is `callee`) into `caller`,
-/// without touching either.
+/// without touching either. Effects that are not `allowed` are no refusal here:
+/// see [`PatchPlan::refusal`].
 ///
 /// # Errors
-/// A refusal, or a worker that cannot be read.
+/// Another refusal, or a worker that cannot be read.
 pub fn explain(
     caller: Function<'_>,
     callee: Function<'_>,
     name: &str,
+    allowed: Allowance,
 ) -> Result<PatchPlan, Failure> {
     let callee = callee.read()?;
-    planned(caller, &callee, name)
+    planned(caller, &callee, name, allowed)
 }
 
-fn planned(caller: Function<'_>, callee: &Worker, name: &str) -> Result<PatchPlan, Failure> {
+fn planned(
+    caller: Function<'_>,
+    callee: &Worker,
+    name: &str,
+    allowed: Allowance,
+) -> Result<PatchPlan, Failure> {
     let caller = caller.read()?;
     let code: CodeMap = plan::analyse(caller.function())?;
     let memory = ProcMemory::open(caller.pid)?;
@@ -143,6 +151,7 @@ fn planned(caller: Function<'_>, callee: &Worker, name: &str) -> Result<PatchPla
         memory_room: memory_room(caller.pid),
         invoke: &invoke,
         live: &live,
+        allowed,
     })?)
 }
 
@@ -184,7 +193,8 @@ impl Live for LiveWorker<'_> {
     }
 }
 
-/// Fuses `name` into one worker.
+/// Fuses `name` into one worker, if it shows no guarded effect but those
+/// `allowed`; that holds for an edge that is fused already as well.
 ///
 /// # Errors
 /// See [`Failure`].
@@ -192,12 +202,16 @@ pub fn patch(
     caller: Function<'_>,
     callee: Function<'_>,
     name: &str,
+    allowed: Allowance,
     limits: &Limits,
 ) -> Result<PatchReceipt, Failure> {
     let callee = callee.read()?;
     let mut tries = 1;
     loop {
-        let plan = planned(caller, &callee, name)?;
+        let plan = planned(caller, &callee, name, allowed)?;
+        if let Some(refused) = plan.refusal() {
+            return Err(Failure::Refused(refused));
+        }
         match apply::apply(&plan, limits) {
             Err(ApplyError::Occupied { .. }) if tries < TRIES => tries += 1,
             other => return Ok(other?),

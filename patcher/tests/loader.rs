@@ -14,7 +14,7 @@ mod host;
 use build::{ABI, ALONE, Library};
 use host::Host;
 use nightgraft_patcher::Refused;
-use nightgraft_patcher::effects::effects;
+use nightgraft_patcher::effects::{Allowance, Library as Effective, effects};
 use nightgraft_patcher::load::{self, Given, GivenTls, Loaded, Place, Scope};
 use nightgraft_patcher::snapshot::{Memory as _, ProcMemory};
 
@@ -316,8 +316,9 @@ fn a_position_in_the_c_library_is_not_shared() {
     let other = library("char *f(char *s, char **p) { return strtok_r(s, \",\", p) + rand(); }");
     let options = library("int f(int n, char **v) { return getopt(n, v, \"x\"); }");
     let option = library("int f(void) { return optind; }");
-    match scope(&splits, &splits) {
-        Err(Refused::SharedState { symbol, .. }) => assert_eq!(symbol, "strtok"),
+    let table = library("char *f(char *s) { return setstate(s); }");
+    match scope(&splits, &table) {
+        Err(Refused::UnsupportedImport { symbol, .. }) => assert_eq!(symbol, "setstate"),
         other => panic!("{other:?}"),
     }
     match scope(&options, &option) {
@@ -325,6 +326,8 @@ fn a_position_in_the_c_library_is_not_shared() {
         other => panic!("{other:?}"),
     }
     for (caller, callee) in [
+        // Each graft has a position of its own.
+        (&splits, &splits),
         (&splits, &other),
         (&other, &splits),
         (&other, &other),
@@ -353,15 +356,19 @@ fn hidden_state_of_the_c_library_shows_as_an_effect() {
             return rand() + (long)strerror(open(p, flags)) + (long)getpwnam(p) + (long)getpwent();
         }";
     let library = Library::new(source, &["-O2", "-D_FORTIFY_SOURCE=2"]);
-    let found: Vec<(String, String)> = effects(&library.image())
+    let image = library.image();
+    let only = [Effective {
+        path: "/libbar.so",
+        image: &image,
+    }];
+    let found: Vec<(String, String)> = effects(&only, |_| true, Allowance::NONE)
         .into_iter()
-        .map(|e| (e.kind, e.imports.join(" ")))
+        .map(|e| (e.kind, e.seen[0].imports.join(" ")))
         .collect();
     let expected = [
-        ("files", "__open_2"),
+        ("files", "__open_2 getpwent getpwnam"),
         ("descriptors", "dup2"),
         ("process-settings", "sched_setaffinity setrlimit umask"),
-        ("random-numbers", "rand srand"),
         ("static-results", "getpwnam strerror"),
         ("databases", "getpwent"),
         ("system-calls", "syscall"),

@@ -191,6 +191,37 @@ impl Agent {
         self.done(node, "patch", caller, callee)
     }
 
+    /// The same with `--allow-effects`.
+    pub fn patch_allowing(
+        &self,
+        node: &Node,
+        caller: &str,
+        callee: &str,
+        effects: &str,
+    ) -> Result<Value> {
+        let answer = self.try_patch_allowing(node, caller, callee, effects)?;
+        ensure!(
+            answer.code == 0,
+            "patch {caller} {callee}: {answer:?}\n{}",
+            self.log()
+        );
+        answer.json()
+    }
+
+    /// The same, whatever comes of it.
+    pub fn try_patch_allowing(
+        &self,
+        node: &Node,
+        caller: &str,
+        callee: &str,
+        effects: &str,
+    ) -> Result<Answer> {
+        let engine = node.engine_pid().to_string();
+        let edge = ["patch", caller, callee, "--engine", &engine, "--json"];
+        let how = ["--canary-wait", "100ms", "--allow-effects", effects];
+        self.ctl(&[&edge[..], &how[..]].concat())
+    }
+
     /// Reverts an edge in all workers, which must succeed.
     pub fn revert(&self, node: &Node, caller: &str, callee: &str) -> Result<Value> {
         self.done(node, "revert", caller, callee)

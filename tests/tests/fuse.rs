@@ -365,7 +365,7 @@ int faas_func_call(void *h, const char *in, size_t n) {
         FunctionSpec::new("Bar", 2, picky),
     ]))?;
     let agent = Agent::start()?;
-    agent.patch(&node, "Foo", "Bar")?;
+    agent.patch_allowing(&node, "Foo", "Bar", "files")?;
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
     let graft = loop {
         assert_eq!(ask(&node, "Foo", "hello"), "Foo:hello");

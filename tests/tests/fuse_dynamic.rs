@@ -2,7 +2,7 @@
 //! bytes can't be rewritten: all of them run fused, through the entry of the
 //! worker's own routine or at sites that were seen there.
 
-#[allow(dead_code, reason = "other tests use the rest")]
+#[expect(dead_code, reason = "other tests use the rest")]
 mod code;
 
 use std::collections::BTreeMap;
@@ -450,5 +450,75 @@ fn sites_that_calls_come_from_are_rewritten_by_the_same_patch() -> Result<()> {
         "{}",
         told.stdout
     );
+    node.stop()
+}
+
+#[test]
+fn a_client_library_of_the_callers_is_rewritten_as_well() -> Result<()> {
+    let client = r#"
+#include <string.h>
+#include "worker_v1.h"
+EXPORT int client_call(const struct context *ctx, const char *input, size_t length,
+                       const char **output, size_t *output_length);
+int client_call(const struct context *ctx, const char *input, size_t length,
+                const char **output, size_t *output_length) {
+    char name[4] = {0};
+    if (length < 3) {
+        return -2;
+    }
+    memcpy(name, input, 3);
+    int code = ctx->invoke(ctx->caller_context, name, input, length, output, output_length);
+    return code == 0 ? 0 : code * 2 + name[3];
+}
+"#;
+    let client = fixtures::compile_text("client", client, Compiler::Gcc, &["-O2"])?;
+    let text = r#"
+#include "lifecycle.h"
+int client_call(const struct context *ctx, const char *input, size_t length,
+                const char **output, size_t *output_length);
+int faas_func_call(void *worker_handle, const char *input, size_t input_length) {
+    struct context *ctx = worker_handle;
+    const char *output = NULL;
+    size_t length = 0;
+    int code = client_call(ctx, input, input_length, &output, &length);
+    ctx->append(ctx->caller_context, output, length);
+    return code;
+}
+"#;
+    // Behind the source, as a library has to be.
+    let flag = format!("-Wl,--no-as-needed,{}", client.display());
+    let library = fixtures::compile_text("byclient", text, Compiler::Gcc, &["-O2", &flag])?;
+    let mut functions = callees()?;
+    functions.push(FunctionSpec::new("Byclient", 10, library));
+    let node = Node::start(NodeSpec::new(functions))?;
+    let agent = Agent::start()?;
+    let asks = ["Ann", "Ann slow", "Bob", "Cid and more"];
+    let answers = || -> Result<Vec<Vec<u8>>> {
+        let ask = |q: &&str| {
+            node.call("Byclient", q.as_bytes())
+                .with_context(|| (*q).to_owned())
+        };
+        asks.iter().map(ask).collect()
+    };
+    let by_rpc = answers()?;
+    let calls = || agent.fused_calls(&node, "Byclient", "Ann");
+    agent.patch(&node, "Byclient", "Ann")?;
+    agent.warm_up_with(&node, "Byclient", "Ann", b"Ann slow")?;
+    let first = calls()?;
+    ensure!(
+        answers()? == by_rpc && calls()? == first + 2,
+        "through the routine"
+    );
+    let report = agent.patch(&node, "Byclient", "Ann")?;
+    let receipt = &report["workers"][0]["receipt"];
+    ensure!(
+        receipt["sites"].as_array().map(Vec::len) == Some(1) && receipt["through_routine"] == 0,
+        "{report}"
+    );
+    ensure!(answers()? == by_rpc && calls()? == first + 4, "at its site");
+    agent.revert(&node, "Byclient", "Ann")?;
+    ensure!(answers()? == by_rpc && calls()? == first + 4, "reverted");
+    agent.patch(&node, "Byclient", "Ann")?;
+    ensure!(answers()? == by_rpc && calls()? == first + 6, "fused again");
     node.stop()
 }

@@ -96,6 +96,10 @@ pub struct PatchRequest {
     /// [`MAX_CANARY_WAIT_MS`].
     #[serde(default = "default_canary_wait_ms")]
     pub canary_wait_ms: u64,
+    /// What the callee may touch that is the caller's: `files`, `network`,
+    /// `credentials`, or `all`. The agent's configuration may allow more.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allow_effects: Vec<String>,
 }
 
 fn default_canary_wait_ms() -> u64 {
@@ -304,6 +308,9 @@ pub struct Explanation {
     pub text: String,
     /// The plan as the patcher serialises it.
     pub plan: serde_json::Value,
+    /// What a patch without any allowance of its own would be refused with.
+    #[serde(default)]
+    pub refused: Option<ErrorInfo>,
     /// What else should be known.
     pub notes: Vec<String>,
 }

@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use super::*;
+use crate::testing::opens_files;
 
 /// Fields that scripts rely on. One that fails here breaks version 1.
 #[test]
@@ -25,6 +26,7 @@ fn a_patch_report_keeps_its_shape() {
                 already: false,
                 image_reused: true,
                 through_routine: Some(1),
+                effects: vec![opens_files()],
                 sites: Vec::new(),
                 commit_stop_ns: 88_000,
                 stops_ns: vec![20_000, 88_000],
@@ -50,6 +52,13 @@ fn a_patch_report_keeps_its_shape() {
                 "outcome": { "outcome": "reverted", "why": "x" },
                 "receipt": {
                     "pid": 11, "already": false, "image_reused": true, "through_routine": 1, "sites": [],
+                    "effects": [{
+                        "kind": "files", "means": "opens files", "guarded": true,
+                        "allowed": false, "seen": [{
+                            "library": "/functions/lib.so", "imports": ["fopen"],
+                            "strings": ["/etc/bar.conf"], "more_strings": 0,
+                        }],
+                    }],
                     "commit_stop_ns": 88_000, "stops_ns": [20_000, 88_000], "disturbed": [],
                 },
                 "proof": {
@@ -110,4 +119,5 @@ fn a_patch_request_has_a_default_watch() {
     let request: PatchRequest =
         serde_json::from_value(json!({ "caller": "Foo", "callee": "Bar" })).unwrap();
     assert_eq!((request.canary_wait_ms, request.engine), (2_000, None));
+    assert!(request.allow_effects.is_empty());
 }

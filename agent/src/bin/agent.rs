@@ -4,6 +4,7 @@
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -11,6 +12,7 @@ use clap::Parser;
 use nightgraft_agent::api::DEFAULT_SOCKET;
 use nightgraft_agent::discover::ProcRoot;
 use nightgraft_agent::discover::docker::{self, DockerSocket};
+use nightgraft_agent::policy::Policy;
 use nightgraft_agent::server::{Agent, serve};
 use nightgraft_agent::{driver, factory, ops, socket};
 use tokio::net::UnixListener;
@@ -44,6 +46,11 @@ struct Args {
     )]
     socket: PathBuf,
 
+    /// Which edges are allowed what, as TOML (read once, at the start):
+    /// [[edge]] caller = "Foo" callee = "*" allow-effects = ["files"]
+    #[arg(long, value_name = "FILE", env = "NIGHTGRAFT_CONFIG")]
+    config: Option<PathBuf>,
+
     /// Docker's socket, for the names of containers (used where it exists)
     #[arg(long, value_name = "PATH")]
     docker_socket: Option<PathBuf>,
@@ -67,6 +74,11 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> anyhow::Result<()> {
+    let policy = match &args.config {
+        Some(path) => Policy::read(path)?,
+        None => Policy::default(),
+    };
+    let policy = Arc::new(policy);
     let (socket, listener) = socket::bind(&args.socket)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -89,9 +101,9 @@ fn run(args: Args) -> anyhow::Result<()> {
             .unwrap_or_else(|| PathBuf::from(docker::DEFAULT_SOCKET)),
     };
     let grafter = factory::grafter();
-    let (handle, driver) =
-        driver::start(grafter.clone(), proc_root.clone()).context("can't start the driver")?;
-    let agent = Agent::new(grafter, handle, proc_root, Some(docker));
+    let (handle, driver) = driver::start(grafter.clone(), proc_root.clone(), policy.clone())
+        .context("can't start the driver")?;
+    let agent = Agent::new(grafter, handle, proc_root, Some(docker), policy);
     let served = runtime.block_on(async {
         let listener = UnixListener::from_std(listener).context("can't listen")?;
         let mut terminate = signal(SignalKind::terminate()).context("can't catch SIGTERM")?;

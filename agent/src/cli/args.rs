@@ -6,6 +6,8 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 
 use super::format::parse_duration;
+use nightgraft_patcher::effects::{Allowance, UnknownEffect};
+
 use crate::api::{DEFAULT_SOCKET, EdgeRequest};
 
 const EXIT_CODES: &str = "\
@@ -64,6 +66,15 @@ pub enum Command {
         /// its fused calls to count, such as 500ms or 2s (at most 60s; 0: not at all)
         #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_duration)]
         canary_wait: Duration,
+        /// What the callee may use of the caller's container, with commas
+        /// between: files, network, credentials, or all
+        ///
+        /// Fused, a callee that opens files or connections, or acts by its user,
+        /// does so in the caller's container: `explain` shows which of these it
+        /// can. Without this, or the agent's configuration for the edge, such a
+        /// patch is refused.
+        #[arg(long, value_name = "KINDS", value_delimiter = ',', value_parser = effect)]
+        allow_effects: Vec<String>,
     },
     /// Turn a fused callee back into an RPC, in all workers of a caller
     #[command(after_help = EXIT_CODES)]
@@ -71,6 +82,11 @@ pub enum Command {
     /// Show how the agent is, and what it lacks
     #[command(after_help = EXIT_CODES)]
     Health,
+}
+
+/// A word for `--allow-effects`.
+fn effect(word: &str) -> Result<String, UnknownEffect> {
+    word.parse::<Allowance>().map(|_| word.to_owned())
 }
 
 /// Names an edge.
@@ -112,10 +128,30 @@ mod tests {
         ]);
         assert!(args.json);
         assert_eq!(args.socket, PathBuf::from("/s"));
-        let Command::Patch { edge, canary_wait } = args.command else {
+        let Command::Patch {
+            edge,
+            canary_wait,
+            allow_effects,
+        } = args.command
+        else {
             panic!("not a patch")
         };
         assert_eq!((edge.caller.as_str(), edge.callee.as_str()), ("Foo", "Bar"));
         assert_eq!(canary_wait, Duration::from_secs(2));
+        assert!(allow_effects.is_empty());
+    }
+
+    #[test]
+    fn effects_are_words_with_commas_and_unknown_ones_are_told() {
+        let patch = |kinds: &str| {
+            Args::try_parse_from(["agentctl", "patch", "Foo", "Bar", "--allow-effects", kinds])
+        };
+        let Command::Patch { allow_effects, .. } = patch("files,network").unwrap().command else {
+            panic!("not a patch")
+        };
+        assert_eq!(allow_effects, ["files", "network"]);
+        let error = patch("files,tea").unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains("\"tea\" is no effect that can be allowed: known are files, network, credentials and all"), "{error}");
     }
 }

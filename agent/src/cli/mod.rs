@@ -118,7 +118,11 @@ async fn ask(args: &Args) -> Result<Output, ClientError> {
             let plan: Explanation = client.post(api::EXPLAIN, &request, READ_LIMIT).await?;
             Output::new(&plan, render::explanation(&plan))
         }
-        Command::Patch { edge, canary_wait } => {
+        Command::Patch {
+            edge,
+            canary_wait,
+            allow_effects,
+        } => {
             let EdgeRequest {
                 caller,
                 callee,
@@ -131,6 +135,7 @@ async fn ask(args: &Args) -> Result<Output, ClientError> {
                 callee,
                 engine,
                 canary_wait_ms,
+                allow_effects: allow_effects.clone(),
             };
             let limit = WRITE_LIMIT + 2 * *canary_wait;
             let report: PatchReport = client.post(api::PATCH, &request, limit).await?;

@@ -314,6 +314,12 @@ pub(super) fn patched(report: &PatchReport) -> String {
             _ => {}
         }
     }
+    // The same in each worker: it is one callee.
+    let mut receipts = report.workers.iter().filter_map(|w| w.receipt.as_ref());
+    if let Some(receipt) = receipts.next().filter(|r| !r.effects.is_empty()) {
+        let effects = nightgraft_patcher::effects::report(&report.callee, &receipt.effects);
+        text.push_str(&clean_lines(&effects));
+    }
     notes(&mut text, &report.notes);
     text
 }

@@ -25,6 +25,7 @@ use crate::api::MissingCapability;
 use crate::canary::Clock;
 use crate::discover::{ProcRoot, own_capabilities, sees_the_node};
 use crate::grafter::{GraftError, Grafter};
+use crate::policy::Policy;
 
 /// `CAP_SYS_PTRACE` in `include/uapi/linux/capability.h`.
 const CAP_SYS_PTRACE: u32 = 19;
@@ -38,6 +39,8 @@ pub struct Context<'a> {
     pub clock: &'a dyn Clock,
     /// The proc file system that the node was scanned from.
     pub proc_root: &'a ProcRoot,
+    /// What edges are allowed besides what a request allows.
+    pub policy: &'a Policy,
 }
 
 impl Context<'_> {

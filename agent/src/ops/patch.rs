@@ -25,7 +25,9 @@ use crate::api::{PatchOutcome, PatchReport, PatchRequest, PatchedWorker};
 use crate::canary::{self, Watch, Watched};
 use crate::discover::{self, Node, tracer_of};
 use crate::error::{AgentError, graft_info};
-use crate::grafter::{CalleeState, EdgeCounters, GraftError, GraftStatus, PatchReceipt, Target};
+use crate::grafter::{
+    Allowance, CalleeState, EdgeCounters, Explained, GraftError, GraftStatus, PatchReceipt, Target,
+};
 use crate::select;
 
 /// Fuses `request.callee` into every native worker of `request.caller`.
@@ -49,6 +51,11 @@ pub fn patch(
     // The busiest first: a canary that nobody calls proves nothing.
     callers.sort_by_key(|(worker, _)| (std::cmp::Reverse(worker.cpu_ticks), worker.pid));
     let callees = select::native_workers(callee)?;
+    let asked = Allowance::of(request.allow_effects.iter().map(String::as_str)).map_err(|e| {
+        AgentError::BadRequest {
+            detail: format!("allow_effects: {e}"),
+        }
+    })?;
     context.require_capabilities()?;
     let mut edge = Edge {
         context,
@@ -56,6 +63,7 @@ pub fn patch(
             .into_iter()
             .map(|(_, target)| target.clone())
             .collect(),
+        allowed: asked.and(context.policy.allowed(&caller.label(), &callee.label())),
         name,
         bound: canary_wait(request.canary_wait_ms),
     };
@@ -240,6 +248,8 @@ struct Edge<'a> {
     /// Workers of the callee, the one to be read first.
     callees: Vec<Target>,
     name: String,
+    /// What the callee may touch that is the caller's.
+    allowed: Allowance,
     bound: Duration,
 }
 
@@ -296,7 +306,12 @@ impl Edge<'_> {
     fn plan(&mut self, target: &Target) -> Result<(), AgentError> {
         let name = self.name.clone();
         let grafter = self.context.grafter;
-        match self.with_callee(|callee| grafter.explain(target, callee, &name)) {
+        let allowed = self.allowed;
+        match self.with_callee(|callee| grafter.explain(target, callee, &name, allowed)) {
+            Ok(Explained {
+                refused: Some(refused),
+                ..
+            }) => Err(GraftError::from(refused).into()),
             Ok(_) | Err(GraftError::WorkerGone { .. }) => Ok(()),
             Err(error) => Err(error.into()),
         }
@@ -309,7 +324,8 @@ impl Edge<'_> {
     fn patch_target(&mut self, target: &Target) -> Result<PatchReceipt, GraftError> {
         let name = self.name.clone();
         let grafter = self.context.grafter;
-        let result = self.with_callee(|callee| grafter.patch(target, callee, &name));
+        let allowed = self.allowed;
+        let result = self.with_callee(|callee| grafter.patch(target, callee, &name, allowed));
         match &result {
             Ok(receipt) => tracing::info!(
                 pid = target.pid,

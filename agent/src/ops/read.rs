@@ -200,10 +200,14 @@ pub fn explain(
     notes.extend(mixed_builds(context.grafter, caller, &callers));
     notes.extend(mixed_builds(context.grafter, callee, &callees));
     notes.extend(traced(&callers));
+    let allowed = context.policy.allowed(&caller.label(), &callee.label());
     let mut last = None;
     for (caller_worker, caller_target) in &callers {
         for (callee_worker, callee_target) in newest_first(&callees) {
-            match context.grafter.explain(caller_target, callee_target, &name) {
+            match context
+                .grafter
+                .explain(caller_target, callee_target, &name, allowed)
+            {
                 Ok(explained) => {
                     return Ok(Explanation {
                         caller: caller.label(),
@@ -212,6 +216,7 @@ pub fn explain(
                         callee_pid: callee_worker.pid,
                         text: explained.text,
                         plan: explained.plan,
+                        refused: explained.refused.map(|refused| graft_info(&refused.into())),
                         notes,
                     });
                 }

@@ -32,6 +32,7 @@ use crate::driver::DriverHandle;
 use crate::error::AgentError;
 use crate::grafter::{GraftError, Grafter};
 use crate::ops::{self, Context, missing_capabilities};
+use crate::policy::Policy;
 
 /// Largest request body, in bytes.
 const MAX_BODY: usize = 16 << 10;
@@ -76,6 +77,8 @@ pub struct Agent {
     pub proc_root: ProcRoot,
     /// Where container names come from; `None` for no names.
     pub docker: Option<DockerSocket>,
+    /// What edges are allowed.
+    pub policy: Arc<Policy>,
     /// Users that may talk to the agent.
     pub allowed_uids: Vec<u32>,
     readers: Arc<Semaphore>,
@@ -90,12 +93,14 @@ impl Agent {
         driver: DriverHandle,
         proc_root: ProcRoot,
         docker: Option<DockerSocket>,
+        policy: Arc<Policy>,
     ) -> Self {
         Self {
             grafter,
             driver,
             proc_root,
             docker,
+            policy,
             allowed_uids: vec![0, nix::unistd::geteuid().as_raw()],
             readers: Arc::new(Semaphore::new(READERS)),
             started: Instant::now(),
@@ -123,13 +128,17 @@ impl Agent {
                 let _permit = permit;
                 let node = scan_within(&agent.proc_root, SCAN_LIMIT)?;
                 let Agent {
-                    grafter, proc_root, ..
+                    grafter,
+                    proc_root,
+                    policy,
+                    ..
                 } = &agent;
                 act(
                     &Context {
                         grafter: &**grafter,
                         clock: &SystemClock,
                         proc_root,
+                        policy,
                     },
                     node,
                 )

@@ -15,9 +15,11 @@ pub(crate) use server::FakeServer;
 use crate::api::WorkerKind;
 use crate::canary::Clock;
 use crate::discover::{Function, Worker};
+use nightgraft_patcher::effects::{Guarded, Seen};
+
 use crate::grafter::{
-    CalleeState, EdgeCounters, Explained, GraftError, GraftStatus, Grafter, PatchReceipt, Refused,
-    RevertReceipt, RpcReasons, SiteProof, Target, WorkerStatus,
+    Allowance, CalleeState, EdgeCounters, Effect, Explained, GraftError, GraftStatus, Grafter,
+    PatchReceipt, Refused, RevertReceipt, RpcReasons, SiteProof, Target, WorkerStatus,
 };
 
 pub(crate) fn function(name: &str, id: u32, engine: Option<i32>) -> Function {
@@ -94,6 +96,8 @@ pub(crate) struct FakeWorker {
     pub(crate) grafts: Vec<GraftStatus>,
     pub(crate) gone: bool,
     pub(crate) refuse_plan: bool,
+    /// What must be allowed, as `--allow-effects` takes it.
+    pub(crate) effects: Vec<Effect>,
     pub(crate) patch_error: Option<GraftError>,
     pub(crate) revert_error: Option<GraftError>,
     pub(crate) gate_error: Option<GraftError>,
@@ -103,6 +107,33 @@ pub(crate) struct FakeWorker {
     pub(crate) dies_after_moments: bool,
     /// What is read after a patch, in order; the last one stays.
     pub(crate) moments: VecDeque<Moment>,
+}
+
+impl FakeWorker {
+    /// As the patcher judges effects.
+    fn not_allowed(&self, allowed: Allowance) -> Option<Refused> {
+        let mut effects = self.effects.clone();
+        for effect in &mut effects {
+            effect.allowed = Guarded::named(&effect.kind).is_none_or(|kind| allowed.has(kind));
+        }
+        nightgraft_patcher::effects::refusal("/functions/lib.so", &effects)
+    }
+}
+
+/// A callee that opens files.
+pub(crate) fn opens_files() -> Effect {
+    Effect {
+        kind: "files".to_owned(),
+        means: "opens files".to_owned(),
+        guarded: true,
+        allowed: false,
+        seen: vec![Seen {
+            library: "/functions/lib.so".to_owned(),
+            imports: vec!["fopen".to_owned()],
+            strings: vec!["/etc/bar.conf".to_owned()],
+            more_strings: 0,
+        }],
+    }
 }
 
 pub(crate) fn living(moments: &[Moment]) -> FakeWorker {
@@ -192,6 +223,7 @@ impl Grafter for FakeGrafter {
         caller: &Target,
         callee: &Target,
         callee_name: &str,
+        allowed: Allowance,
     ) -> Result<Explained, GraftError> {
         self.with(callee.pid, |_| Ok(()))?;
         self.with(caller.pid, |worker| match worker.refuse_plan {
@@ -199,6 +231,7 @@ impl Grafter for FakeGrafter {
             false => Ok(Explained {
                 text: format!("map {callee_name} of {} into {}", callee.pid, caller.pid),
                 plan: serde_json::json!({ "windows": 1 }),
+                refused: worker.not_allowed(allowed),
             }),
         })
     }
@@ -208,6 +241,7 @@ impl Grafter for FakeGrafter {
         caller: &Target,
         callee: &Target,
         callee_name: &str,
+        allowed: Allowance,
     ) -> Result<PatchReceipt, GraftError> {
         self.with(callee.pid, |_| Ok(()))?;
         self.note(format!("patch {} from {}", caller.pid, callee.pid));
@@ -218,6 +252,9 @@ impl Grafter for FakeGrafter {
             }
             if worker.refuse_plan {
                 return Err(refusal().into());
+            }
+            if let Some(refused) = worker.not_allowed(allowed) {
+                return Err(refused.into());
             }
             if let Some(error) = &worker.patch_error {
                 return Err(error.clone());
@@ -234,6 +271,7 @@ impl Grafter for FakeGrafter {
                 already,
                 image_reused: false,
                 through_routine: None,
+                effects: worker.effects.clone(),
                 sites: sites("90e8fb0f0000"),
                 commit_stop_ns: 88_000,
                 stops_ns: vec![20_000, 88_000],

@@ -27,8 +27,9 @@ impl FakeServer {
         let (socket, listener) = crate::socket::bind(&path).unwrap();
         let listener = tokio::net::UnixListener::from_std(listener).unwrap();
         let grafter = Arc::new(grafter);
-        let (driver, _thread) = crate::driver::start(grafter.clone(), proc.root()).unwrap();
-        let mut agent = Agent::new(grafter.clone(), driver, proc.root(), None);
+        let (driver, _thread) =
+            crate::driver::start(grafter.clone(), proc.root(), Arc::default()).unwrap();
+        let mut agent = Agent::new(grafter.clone(), driver, proc.root(), None, Arc::default());
         agent.allowed_uids = allowed;
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         tokio::spawn(serve(listener, agent, async move {

@@ -15,6 +15,8 @@
 use core::cell::Cell;
 use core::sync::atomic::{AtomicU8, AtomicU64};
 
+use crate::state::CLibrary;
+
 /// First bytes of a [`Control`] area.
 pub const MAGIC: [u8; 8] = *b"NGRAFT\0\x01";
 /// Version of every layout in this module; an agent refuses others.
@@ -104,6 +106,14 @@ pub enum Import {
     Dlerror,
     /// `dlinfo`.
     Dlinfo,
+    /// `__errno_location`.
+    ErrnoLocation,
+    /// `gmtime_r`.
+    GmtimeR,
+    /// `localtime_r`.
+    LocaltimeR,
+    /// `tzset`.
+    Tzset,
     /// libgcc_s: `__register_frame`.
     RegisterFrame,
     /// libgcc_s: `_Unwind_Resume`.
@@ -124,7 +134,7 @@ pub enum Import {
 
 /// Names of [`Import`]s, in their order. From `RegisterFrame` on they are 0 in
 /// a worker that has no such library; the ones before it are always there.
-pub const IMPORTS: [&str; 27] = [
+pub const IMPORTS: [&str; 31] = [
     "pthread_create",
     "pthread_detach",
     "pthread_key_create",
@@ -144,6 +154,10 @@ pub const IMPORTS: [&str; 27] = [
     "dlvsym",
     "dlerror",
     "dlinfo",
+    "__errno_location",
+    "gmtime_r",
+    "localtime_r",
+    "tzset",
     "__register_frame",
     "_Unwind_Resume",
     "_Unwind_SetGR",
@@ -563,6 +577,8 @@ pub struct Graft {
     /// Environment of the callee's own worker, `char **`; also the variable
     /// that `environ` means to the image.
     pub environ: u64,
+    /// Its own of what the C library has once per process.
+    pub c_library: CLibrary,
     /// `FAILURE_…`.
     pub failure: Cell<u32>,
     /// What goes with `failure`.

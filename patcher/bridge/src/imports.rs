@@ -74,6 +74,14 @@ imports! {
     malloc: Malloc(len: usize) -> *mut u8;
     /// `free`.
     free: Free(block: *mut u8);
+    /// `__errno_location`.
+    errno_location: ErrnoLocation() -> *mut c_int;
+    /// `gmtime_r`.
+    gmtime_r: GmtimeR(time: *const i64, broken_down: *mut c_void) -> *mut c_void;
+    /// `localtime_r`.
+    localtime_r: LocaltimeR(time: *const i64, broken_down: *mut c_void) -> *mut c_void;
+    /// `tzset`.
+    tzset: Tzset();
     /// `__cxa_atexit`.
     cxa_atexit: CxaAtexit(destructor: Destructor, object: *mut c_void, dso: *const c_void) -> c_int;
     /// `__cxa_thread_atexit_impl`.

@@ -44,6 +44,7 @@ pub mod legacy;
 pub mod names;
 pub mod routine;
 pub mod start;
+pub mod state;
 pub mod symbols;
 mod sys;
 pub mod tls;

@@ -56,21 +56,30 @@ fn hash(name: &[u8]) -> u64 {
 unsafe fn hash_at(mut name: *const u8) -> u64 {
     let mut hash = 0;
     loop {
-        // SAFETY: a whole word within the string's page is readable; at the
-        // page's end only what belongs to the string is read.
-        let word = unsafe {
-            if name as usize % PAGE <= PAGE - 8 {
-                name.cast::<u64>().read_unaligned()
-            } else {
-                at_the_end_of_a_page(name)
-            }
-        };
-        let (word, ends) = cut(word);
+        // SAFETY: as the caller promises; the string goes on.
+        let (word, ends) = cut(unsafe { word_at(name) });
         hash = mix(hash, word);
         if ends {
             return hash;
         }
         name = name.wrapping_add(8);
+    }
+}
+
+/// Eight bytes of a string; what lies behind its end may be anything.
+///
+/// # Safety
+/// A NUL-terminated string.
+#[inline(always)]
+unsafe fn word_at(name: *const u8) -> u64 {
+    // SAFETY: a whole word within the string's page is readable; at the page's
+    // end only what belongs to the string is read.
+    unsafe {
+        if name as usize % PAGE <= PAGE - 8 {
+            name.cast::<u64>().read_unaligned()
+        } else {
+            at_the_end_of_a_page(name)
+        }
     }
 }
 
@@ -152,18 +161,18 @@ pub unsafe fn below(worker: &Worker, parent: &Graft, name: u64) -> Option<u64> {
 }
 
 unsafe fn same(mut a: *const u8, mut b: *const u8) -> bool {
-    // SAFETY: both are NUL-terminated; the loop ends at the first difference
-    // or at the common NUL.
-    unsafe {
-        loop {
-            if *a != *b {
-                return false;
-            }
-            if *a == 0 {
-                return true;
-            }
-            (a, b) = (a.add(1), b.add(1));
+    loop {
+        // SAFETY: both are NUL-terminated; the loop ends at the first
+        // difference or at the common end.
+        let ((left, ends), (right, _)) = unsafe { (cut(word_at(a)), cut(word_at(b))) };
+        // Equal words end both or neither: only one that ends has a zero byte.
+        if left != right {
+            return false;
         }
+        if ends {
+            return true;
+        }
+        (a, b) = (a.wrapping_add(8), b.wrapping_add(8));
     }
 }
 

@@ -131,6 +131,8 @@ pub struct Dynamic {
     pub symbol_table: Option<u64>,
     /// `DT_STRTAB`.
     pub string_table: Option<u64>,
+    /// `DT_STRSZ`, in bytes.
+    pub string_table_size: Option<u64>,
     /// `DT_VERSYM`.
     pub symbol_versions: Option<u64>,
     /// `DT_VERDEF` and its number of entries.
@@ -187,6 +189,7 @@ pub(super) fn read(
             .filter(|(_, len)| *len != 0),
         symbol_table: tag(elf::DT_SYMTAB),
         string_table: tag(elf::DT_STRTAB),
+        string_table_size: tag(elf::DT_STRSZ),
         symbol_versions: tag(elf::DT_VERSYM),
         version_definitions: tag(elf::DT_VERDEF).zip(tag(elf::DT_VERDEFNUM)),
         symbolic: tags.contains_key(&elf::DT_SYMBOLIC) || flags & elf::DF_SYMBOLIC != 0,

@@ -9,7 +9,7 @@ use super::dynamic;
 use super::fresh::fresh;
 use super::{PatchPlan, Store, Unfused};
 use crate::code::{self, CodeMap, Live, Site, Window};
-use crate::effects::effects;
+use crate::effects::{self, Allowance, Effect};
 use crate::elf::{Image, hex};
 use crate::load;
 use crate::manifest::{GraftRecord, Manifest, Present, WindowRecord};
@@ -38,6 +38,9 @@ pub struct Input<'a> {
     pub invoke: &'a Result<u64, Refused>,
     /// The caller's worker, as it is now.
     pub live: &'a dyn Live,
+    /// What the callee may touch that is the caller's. The plan is made
+    /// whatever it touches, and says what would have to be allowed.
+    pub allowed: Allowance,
 }
 
 /// Plans the patch.
@@ -284,10 +287,17 @@ pub(super) fn base(input: &Input<'_>, manifest: Manifest) -> PatchPlan {
         unfused: Vec::new(),
         through_routine: Vec::new(),
         gate: 0,
-        effects: effects(&input.callee.function().image),
+        effects: effects_of(input),
         manifest,
         slot: 1,
     }
+}
+
+/// What the function and its private libraries show.
+fn effects_of(input: &Input<'_>) -> Vec<Effect> {
+    // A list that is not consistent was refused before.
+    let private = load::private_libraries(input.callee).unwrap_or_default();
+    effects::of_function(input.callee, &private, input.allowed)
 }
 
 pub(super) fn other_slot(present: Option<&Present>) -> u8 {

@@ -23,8 +23,9 @@ mod unwind;
 
 use serde::{Deserialize, Serialize};
 
-use crate::effects::Effect;
+use crate::effects::{self, Effect};
 use crate::manifest::{Manifest, Region, WindowRecord, hex_bytes};
+use crate::refused::Refused;
 
 pub use build::{Input, analyse, plan};
 
@@ -143,6 +144,12 @@ pub struct PatchPlan {
 }
 
 impl PatchPlan {
+    /// Why it must not be applied, if the callee touches what is not allowed.
+    #[must_use]
+    pub fn refusal(&self) -> Option<Refused> {
+        effects::refusal(&self.callee_library, &self.effects)
+    }
+
     /// Bytes that the patch adds to the worker's address space.
     #[must_use]
     pub fn mapped_bytes(&self) -> u64 {

@@ -6,6 +6,7 @@ use std::fmt::{self, Write as _};
 use iced_x86::{Decoder, DecoderOptions, Formatter as _, IntelFormatter};
 
 use super::{Access, PatchPlan};
+use crate::effects;
 use crate::elf::hex;
 use crate::manifest::WindowRecord;
 
@@ -26,7 +27,8 @@ impl PatchPlan {
             self.pid, self.caller_library, self.callee, self.callee_library
         )?;
         if self.already {
-            return writeln!(out, "  already fused: nothing to do");
+            writeln!(out, "  already fused: nothing to do")?;
+            return self.write_effects(out);
         }
         for island in &self.islands {
             writeln!(
@@ -118,24 +120,12 @@ impl PatchPlan {
                 call.at, call.reason
             )?;
         }
-        if self.effects.is_empty() {
-            writeln!(
-                out,
-                "\nno import of {} shows an effect on what the caller owns",
-                self.callee
-            )?;
-        } else {
-            writeln!(out, "\nfused, {} shares with the caller:", self.callee)?;
-            for effect in &self.effects {
-                writeln!(
-                    out,
-                    "  {}: {} ({})",
-                    effect.kind,
-                    effect.means,
-                    effect.imports.join(", ")
-                )?;
-            }
-        }
+        self.write_effects(out)
+    }
+
+    fn write_effects(&self, out: &mut String) -> fmt::Result {
+        out.push('\n');
+        out.push_str(&effects::report(&self.callee, &self.effects));
         writeln!(
             out,
             "always shared: process, memory limit, log files; no time limit on the call; its own environment"

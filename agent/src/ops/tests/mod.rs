@@ -10,11 +10,11 @@ use super::*;
 use crate::api::{
     EdgeRequest, PatchOutcome, PatchReport, PatchRequest, ProofVerdict, RevertOutcome,
 };
-use crate::discover::scan;
+use crate::discover::{Node, scan};
 use crate::error::AgentError;
 use crate::testing::{
     BROKEN, FakeClock, FakeGrafter, FakeProc, FakeProcess, FakeWorker, IDLE, Moment, PROVEN,
-    STARTING, graft, living, refusal,
+    STARTING, graft, living, opens_files, refusal,
 };
 
 /// The example node with a patcher that knows its workers.
@@ -22,6 +22,7 @@ struct Bench {
     proc: FakeProc,
     grafter: FakeGrafter,
     clock: FakeClock,
+    policy: Policy,
 }
 
 fn bench(foo: [FakeWorker; 2]) -> Bench {
@@ -30,6 +31,7 @@ fn bench(foo: [FakeWorker; 2]) -> Bench {
         proc: FakeProc::example(),
         grafter: FakeGrafter::new([(11, first), (12, second), (21, living(&[]))]),
         clock: FakeClock::new(),
+        policy: Policy::default(),
     }
 }
 
@@ -48,29 +50,32 @@ impl Bench {
         callee: &str,
         canary_wait_ms: u64,
     ) -> Result<PatchReport, AgentError> {
-        let request = PatchRequest {
+        self.patch_as(&PatchRequest {
             caller: caller.to_owned(),
             callee: callee.to_owned(),
             engine: None,
             canary_wait_ms,
-        };
+            allow_effects: Vec::new(),
+        })
+    }
+
+    fn patch_as(&self, request: &PatchRequest) -> Result<PatchReport, AgentError> {
+        self.with(|context, node| patch(context, node, request))
+    }
+
+    fn with<T>(&self, act: impl FnOnce(&Context<'_>, &Node) -> T) -> T {
         let root = self.proc.root();
         let context = Context {
             grafter: &self.grafter,
             clock: &self.clock,
             proc_root: &root,
+            policy: &self.policy,
         };
-        patch(&context, &scan(&root).unwrap(), &request)
+        act(&context, &scan(&root).unwrap())
     }
 
     fn revert(&self, callee: &str) -> Result<crate::api::RevertReport, AgentError> {
-        let root = self.proc.root();
-        let context = Context {
-            grafter: &self.grafter,
-            clock: &self.clock,
-            proc_root: &root,
-        };
-        revert(&context, &scan(&root).unwrap(), &edge("Foo", callee))
+        self.with(|context, node| revert(context, node, &edge("Foo", callee)))
     }
 }
 

@@ -174,7 +174,7 @@ fn a_refusal_is_the_answer_and_nobody_else_is_tried() {
     let error = bench.patch().unwrap_err();
     assert_eq!(error.code(), "no-site");
     assert_eq!(error.to_string(), refusal().to_string());
-    assert_eq!(error.hint(), Some(refusal().lift().to_owned()));
+    assert_eq!(error.hint(), Some(refusal().lift()));
     assert_eq!(bench.grafter.log(), ["patch 11 from 21"]);
 }
 
@@ -343,4 +343,94 @@ fn the_busiest_worker_is_the_canary() {
         bench.grafter.log(),
         ["patch 12 from 21", "patch 11 from 21"]
     );
+}
+
+fn touchy() -> Bench {
+    let worker = || FakeWorker {
+        effects: vec![opens_files()],
+        ..living(&[PROVEN])
+    };
+    bench([worker(), worker()])
+}
+
+fn allowing(words: &[&str]) -> PatchRequest {
+    PatchRequest {
+        caller: "Foo".to_owned(),
+        callee: "Bar".to_owned(),
+        engine: None,
+        canary_wait_ms: 2_000,
+        allow_effects: words.iter().map(|word| (*word).to_owned()).collect(),
+    }
+}
+
+#[test]
+fn effects_need_leave_of_the_request_or_the_configuration() {
+    let refused = touchy();
+    for words in [&[][..], &["network", "credentials"]] {
+        let error = refused.patch_as(&allowing(words)).unwrap_err();
+        assert_eq!(error.code(), "effects");
+        assert_eq!(
+            error.to_string(),
+            "fused, /functions/lib.so would use the caller's, which nobody allowed: files (lib.so: fopen)"
+        );
+        let hint = error.hint().unwrap();
+        assert!(hint.contains("--allow-effects files,"), "{hint}");
+    }
+    assert!(!refused.grafter.log().iter().any(|l| l.starts_with("gate")));
+
+    for words in [&["files"][..], &["network", "files"], &["all"]] {
+        let report = touchy().patch_as(&allowing(words)).unwrap();
+        assert_eq!(report.not_fused(), 0);
+        let receipt = report.workers[0].receipt.as_ref().unwrap();
+        assert_eq!(receipt.effects[0].kind, "files");
+    }
+
+    let edge = |caller: &str| {
+        let text =
+            format!("[[edge]]\ncaller = \"{caller}\"\ncallee = \"*\"\nallow-effects = [\"files\"]");
+        Bench {
+            policy: Policy::parse(&text).unwrap(),
+            ..touchy()
+        }
+    };
+    assert_eq!(edge("Foo").patch().unwrap().not_fused(), 0);
+    assert_eq!(edge("Baz").patch().unwrap_err().code(), "effects");
+}
+
+#[test]
+fn an_edge_that_is_fused_already_needs_leave_as_well() {
+    let bench = touchy();
+    bench.patch_as(&allowing(&["files"])).unwrap();
+    assert_eq!(bench.patch().unwrap_err().code(), "effects");
+    assert!(bench.patch_as(&allowing(&["files"])).unwrap().already);
+}
+
+#[test]
+fn an_effect_that_is_not_known_is_told_before_anything_is_done() {
+    let bench = touchy();
+    let error = bench.patch_as(&allowing(&["files", "tea"])).unwrap_err();
+    assert_eq!(error.code(), "bad-request");
+    assert!(error.to_string().contains("\"tea\""), "{error}");
+    assert!(
+        error
+            .to_string()
+            .contains("files, network, credentials and all"),
+        "{error}"
+    );
+    assert!(bench.grafter.log().is_empty());
+}
+
+#[test]
+fn explain_says_what_a_patch_would_be_refused_for() {
+    let explained = |bench: &Bench| {
+        let plan = bench.with(|context, node| explain(context, node, &edge("Foo", "Bar")));
+        plan.unwrap().refused.map(|refused| refused.code)
+    };
+    assert_eq!(explained(&touchy()).as_deref(), Some("effects"));
+    let text = "[[edge]]\ncaller = \"*\"\ncallee = \"Bar\"\nallow-effects = [\"all\"]";
+    let allowed = Bench {
+        policy: Policy::parse(text).unwrap(),
+        ..touchy()
+    };
+    assert_eq!(explained(&allowed), None);
 }

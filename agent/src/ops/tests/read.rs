@@ -10,6 +10,7 @@ fn explain_plans_and_touches_nothing() {
         grafter: &bench.grafter,
         clock: &bench.clock,
         proc_root: &root,
+        policy: &bench.policy,
     };
     let plan = explain(&context, &scan(&root).unwrap(), &edge("foo", "BAR")).unwrap();
     assert_eq!(plan.text, "map Bar of 21 into 11");
@@ -29,6 +30,7 @@ fn explain_tells_of_workers_of_different_builds() {
         grafter: &bench.grafter,
         clock: &bench.clock,
         proc_root: &root,
+        policy: &bench.policy,
     };
     let plan = explain(&context, &scan(&root).unwrap(), &edge("Foo", "Bar")).unwrap();
     let builds = format!("{}, other", "ab".repeat(20));
@@ -57,6 +59,7 @@ fn status_sums_over_an_edge_s_workers() {
         grafter: &bench.grafter,
         clock: &bench.clock,
         proc_root: &root,
+        policy: &bench.policy,
     };
     let status = status(&context, scan(&root).unwrap());
     let [edge] = status.edges.as_slice() else {
@@ -85,6 +88,7 @@ fn ps_shows_what_is_fused_and_leaves_out_the_dead() {
         grafter: &bench.grafter,
         clock: &bench.clock,
         proc_root: &root,
+        policy: &bench.policy,
     };
     let names = [(
         "c".repeat(64),

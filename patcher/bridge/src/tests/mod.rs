@@ -1,9 +1,11 @@
 //! The bridge in an ordinary process: records as the patcher would write them,
 //! around the real C library.
 
+mod call;
 mod dl;
 mod image;
 mod legacy;
+mod state;
 mod tls;
 mod unwind;
 

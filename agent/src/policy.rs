@@ -1,0 +1,202 @@
+//! What edges are allowed, from the agent's configuration file.
+//!
+//! ```toml
+//! [[edge]]
+//! caller = "Foo"
+//! callee = "*"                        # any function
+//! allow-effects = ["files", "network"]
+//! ```
+//!
+//! Names are compared as they are, case and all: functions may differ in
+//! nothing else. All edges that fit add up, and nothing takes away what another
+//! gives. The file is read once, when the agent starts; what is not understood
+//! in it is an error, as a word that was meant to allow or forbid something must
+//! not be passed over.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Deserializer, de::Error as _};
+
+use crate::grafter::Allowance;
+
+/// Stands for every function.
+const ANY: &str = "*";
+
+/// What edges are allowed; nothing by default.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Policy {
+    #[serde(default)]
+    edge: Vec<Edge>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct Edge {
+    #[serde(deserialize_with = "name")]
+    caller: String,
+    #[serde(deserialize_with = "name")]
+    callee: String,
+    #[serde(default, deserialize_with = "allowance")]
+    allow_effects: Allowance,
+}
+
+fn name<'de, D: Deserializer<'de>>(input: D) -> Result<String, D::Error> {
+    let name = String::deserialize(input)?;
+    if name.is_empty() || name != ANY && name.contains('*') {
+        return Err(D::Error::custom(
+            "a function's name, or \"*\" for every function, is wanted",
+        ));
+    }
+    Ok(name)
+}
+
+fn allowance<'de, D: Deserializer<'de>>(input: D) -> Result<Allowance, D::Error> {
+    let words = Vec::<String>::deserialize(input)?;
+    Allowance::of(words.iter().map(String::as_str)).map_err(D::Error::custom)
+}
+
+/// Why a configuration file can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PolicyError {
+    /// It can't be read.
+    #[error("can't read the configuration {}", .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is not as it should be.
+    #[error("the configuration {} is wrong: {source}", .path.display())]
+    Wrong {
+        /// The file.
+        path: PathBuf,
+        /// What, with line and column.
+        source: Box<toml::de::Error>,
+    },
+}
+
+impl Policy {
+    /// Reads a configuration file.
+    ///
+    /// # Errors
+    /// It can't be read, or not understood: then with the line.
+    pub fn read(path: &Path) -> Result<Policy, PolicyError> {
+        let path = || path.to_owned();
+        let text = std::fs::read_to_string(path()).map_err(|source| PolicyError::Read {
+            path: path(),
+            source,
+        })?;
+        Policy::parse(&text).map_err(|source| PolicyError::Wrong {
+            path: path(),
+            source: Box::new(source),
+        })
+    }
+
+    /// What the text of a configuration file says.
+    pub(crate) fn parse(text: &str) -> Result<Policy, toml::de::Error> {
+        toml::from_str(text)
+    }
+
+    /// What an edge is allowed.
+    #[must_use]
+    pub fn allowed(&self, caller: &str, callee: &str) -> Allowance {
+        let fits = |pattern: &str, name: &str| pattern == ANY || pattern == name;
+        self.edge
+            .iter()
+            .filter(|edge| fits(&edge.caller, caller) && fits(&edge.callee, callee))
+            .fold(Allowance::NONE, |all, edge| all.and(edge.allow_effects))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Policy, PolicyError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent.toml");
+        std::fs::write(&path, text).unwrap();
+        Policy::read(&path)
+    }
+
+    fn wrong(text: &str) -> String {
+        read(text).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn edges_that_fit_add_up() {
+        let policy = read(
+            r#"
+            [[edge]]
+            caller = "Foo"
+            callee = "Bar"
+            allow-effects = ["files"]
+            [[edge]]
+            caller = "*"
+            callee = "Bar"
+            allow-effects = ["network"]
+            [[edge]]
+            caller = "Admin"
+            callee = "*"
+            allow-effects = ["all"]
+            "#,
+        )
+        .unwrap();
+        let allowed = |caller: &str, callee: &str| policy.allowed(caller, callee).to_string();
+        assert_eq!(allowed("Foo", "Bar"), "files,network");
+        assert_eq!(allowed("Foo", "bar"), "");
+        assert_eq!(allowed("foo", "Bar"), "network");
+        assert_eq!(allowed("Foo", "Baz"), "");
+        assert_eq!(allowed("Admin", "Baz"), "files,network,credentials");
+    }
+
+    #[test]
+    fn an_empty_file_allows_nothing() {
+        assert_eq!(read("# nothing\n").unwrap(), Policy::default());
+        assert_eq!(Policy::default().allowed("Foo", "Bar"), Allowance::NONE);
+    }
+
+    #[test]
+    fn what_is_not_understood_is_told_with_its_line() {
+        let edge = "[[edge]]\ncaller = \"Foo\"\ncallee = \"Bar\"\n";
+        let text = wrong(&format!("{edge}allow-effects = [\"files\", \"tea\"]\n"));
+        assert!(
+            text.contains("line 4") && text.contains("\"tea\""),
+            "{text}"
+        );
+        assert!(
+            text.contains("known are files, network, credentials and all"),
+            "{text}"
+        );
+        let text = wrong(&format!("{edge}allow_effects = [\"files\"]\n"));
+        assert!(
+            text.contains("line 4") && text.contains("unknown field"),
+            "{text}"
+        );
+        let text = wrong("[[edge]]\ncaller = \"Foo\"\n");
+        assert!(text.contains("missing field `callee`"), "{text}");
+        let text = wrong("[[edge]]\ncaller = \"Fo*\"\ncallee = \"Bar\"\n");
+        assert!(text.contains("line 2") && text.contains("\"*\""), "{text}");
+        let text = wrong("[[edges]]\n");
+        assert!(text.contains("line 1"), "{text}");
+        assert!(wrong("caller").contains("line 1"));
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_is_told() {
+        let error = Policy::read(Path::new("/nowhere/agent.toml")).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "can't read the configuration /nowhere/agent.toml"
+        );
+    }
+
+    #[test]
+    fn the_example_that_is_shipped_is_understood() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/agent.toml");
+        let policy = Policy::read(Path::new(path)).unwrap();
+        assert_eq!(policy.allowed("Foo", "Bar").to_string(), "files");
+    }
+}
