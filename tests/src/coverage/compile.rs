@@ -250,10 +250,9 @@ impl<'f> Commands<'f> {
             return Ok(command);
         }
         let program = match (variant.compiler.unwrap_or(Compiler::Gcc), ending) {
-            (Compiler::Gcc, "cc") | (Compiler::Gxx, _) => "g++",
-            (Compiler::Gcc, _) => "gcc",
-            (Compiler::Clang, "cc") | (Compiler::Clangxx, _) => "clang++",
-            (Compiler::Clang, _) => "clang",
+            (Compiler::Gcc, "cc") => Compiler::Gxx.program(),
+            (Compiler::Clang, "cc") => Compiler::Clangxx.program(),
+            (compiler, _) => compiler.program(),
         };
         let mut command = tool(program)?;
         base(&mut command, source, work, self.root());

@@ -14,7 +14,8 @@
 //! counter must move by as many calls as were made, and the caller's workers
 //! must be the same processes throughout.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -172,6 +173,25 @@ fn node(d: &Directives, variant: &Variant, built: &Built, dir: &Path) -> Result<
     Ok(spec)
 }
 
+/// The counter has not moved by the calls that were made.
+#[derive(Debug)]
+struct NotAllFused {
+    fused: u64,
+    wanted: u64,
+}
+
+impl fmt::Display for NotAllFused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} calls ran fused instead of {}",
+            self.fused, self.wanted
+        )
+    }
+}
+
+impl std::error::Error for NotAllFused {}
+
 struct Trial<'t> {
     directives: &'t Directives,
     caller_library: &'t Path,
@@ -194,7 +214,16 @@ impl Trial<'_> {
             return Ok(refused);
         }
         self.warm_up()?;
-        self.fused_pass(first).context("fused")?;
+        if let Err(e) = self.fused_pass(first).context("fused") {
+            // Right answers, but not all of them fused, where the plan said so.
+            if sites.refused > 0 && e.downcast_ref::<NotAllFused>().is_some() {
+                return Ok(Outcome::Refused {
+                    code: "sites-left".to_owned(),
+                    why: format!("{} sites stay RPCs: {e:#}", sites.refused),
+                });
+            }
+            return Err(e);
+        }
         self.revert()?;
         self.compare(second).context("reverted")?;
         match self.patch(None)? {
@@ -211,7 +240,30 @@ impl Trial<'_> {
         self.warm_up()?;
         self.fused_pass(second).context("fused again")?;
         self.same_workers(&workers)?;
+        self.count_sites(sites)?;
         Ok(Outcome::Supported)
+    }
+
+    /// The caller's sites, as its first worker holds them once they have all
+    /// been seen. A site that serves several callees is one.
+    fn count_sites(&self, sites: &mut Sites) -> Result<()> {
+        let (mut in_place, mut entry) = (BTreeSet::new(), BTreeSet::new());
+        for (caller, callee) in self.directives.edges.iter().filter(|e| e.0 == "Foo") {
+            if callee.contains('/') {
+                continue;
+            }
+            let status = self.agent.edge_status(self.node, caller, callee)?;
+            let graft = &status["workers"][0]["graft"];
+            let addresses = |key: &str| -> Vec<u64> {
+                let all = graft[key].as_array().into_iter().flatten();
+                all.filter_map(Value::as_u64).collect()
+            };
+            in_place.extend(addresses("sites"));
+            entry.extend(addresses("seen"));
+        }
+        sites.in_place = in_place.len();
+        sites.entry = entry.len();
+        Ok(())
     }
 
     fn compare(&self, expected: &[Answer]) -> Result<()> {
@@ -255,10 +307,9 @@ impl Trial<'_> {
         }
         let fused = self.agent.fused_calls(self.node, caller, callee)? - before;
         let wanted = d.fused_calls_per_pass();
-        ensure!(
-            fused == wanted,
-            "{fused} calls ran fused instead of {wanted}"
-        );
+        if fused != wanted {
+            return Err(NotAllFused { fused, wanted }.into());
+        }
         let after = self.switches()?;
         for (name, count) in &idle {
             ensure!(
@@ -296,7 +347,7 @@ impl Trial<'_> {
         for (caller, callee) in &self.directives.edges {
             if let Some(sites) = sites.as_deref_mut() {
                 let plan = self.agent.edge(self.node, "explain", caller, callee)?;
-                count_sites(&plan.json()?["plan"], sites);
+                sites.refused += left(&plan.json()?["plan"]);
             }
             let answer = self.patch_edge(caller, callee)?;
             if answer.code == 0 {
@@ -466,21 +517,9 @@ fn states(status: &Value) -> Vec<String> {
         .collect()
 }
 
-/// Adds what a plan says of the sites. A window of the worker's own routine
-/// (`"routine": true`) serves those sites that could not be rewritten.
-fn count_sites(plan: &Value, sites: &mut Sites) {
-    let windows = plan["windows"].as_array().map_or(&[][..], Vec::as_slice);
-    let through_entry = windows.iter().any(|w| w["routine"] == true);
-    sites.in_place += windows
-        .iter()
-        .filter(|w| w["entry"] == false && w["routine"] != true)
-        .count();
-    let unfused = plan["unfused"].as_array().map_or(0, Vec::len);
-    if through_entry {
-        sites.entry += unfused.max(1);
-    } else {
-        sites.refused += unfused;
-    }
+/// Sites that a plan leaves as RPCs.
+fn left(plan: &Value) -> usize {
+    plan["unfused"].as_array().map_or(0, Vec::len)
 }
 
 /// Bytes for people, not too many.
