@@ -256,6 +256,12 @@ impl Window {
         bias: u64,
         writer: &mut Writer,
     ) -> Result<(), StubError> {
+        if let Some((call, before)) = originals.split_last()
+            && call.flow_control() == FlowControl::Call
+        {
+            self.displace(before, bias, writer)?;
+            return self.displaced_call(call, bias, writer);
+        }
         self.displace(originals, bias, writer)?;
         let falls = originals.last().is_some_and(|i| {
             matches!(
@@ -270,6 +276,28 @@ impl Window {
                 .wrapping_add(self.branch.into());
             writer.branch(&[0xe9], back)?;
         }
+        Ok(())
+    }
+
+    /// A call at the end of an entry window. It returns to where the original
+    /// one does, behind the window: whoever looks at the stack, or restores
+    /// the bytes, finds what was always there. No register is free here, as
+    /// functions of one library may agree to spare even r11.
+    fn displaced_call(
+        &self,
+        call: &Instruction,
+        bias: u64,
+        writer: &mut Writer,
+    ) -> Result<(), StubError> {
+        let start = bias.wrapping_add(self.start.0);
+        writer.boundary(call.ip().wrapping_sub(start) as u8);
+        // Behind the two instructions, which have six bytes each.
+        let target = writer.here().wrapping_add(12);
+        let back = target.wrapping_add(8);
+        writer.branch(&[0xff, 0x35], back)?; // push [rip + ...]
+        writer.branch(&[0xff, 0x25], target)?; // jmp [rip + ...]
+        writer.quad(call.near_branch_target());
+        writer.quad(call.next_ip());
         Ok(())
     }
 

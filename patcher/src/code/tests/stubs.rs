@@ -323,6 +323,35 @@ fn branches_at_an_entry_are_widened() {
 }
 
 #[test]
+fn a_call_at_an_entry_returns_where_it_always_did() {
+    // push rax; call +20h
+    let w = window(
+        WindowKind::Entry,
+        &[0x50, 0xe8, 0x20, 0, 0, 0],
+        6,
+        Target::Next,
+    );
+    let tail = Tail::Hook { flag: 1, hook: 2 };
+    let stub = w.stub(BIAS, STUB, &tail).expect("in reach");
+    assert_eq!(stub.boundaries.len(), 2, "nothing goes on behind the call");
+    let (offset, at) = stub.boundaries[1];
+    assert_eq!(offset, 1);
+    let at = at as usize;
+    let words = STUB + at as u64 + 12;
+    assert_eq!(
+        disassemble(&stub.bytes[at..at + 12], STUB + at as u64),
+        [
+            format!("push qword ptr [{:X}h]", words + 8),
+            format!("jmp qword ptr [{words:X}h]"),
+        ]
+    );
+    let end = BIAS + 0x11a6;
+    let quads = [end + 0x20, end].map(u64::to_le_bytes).concat();
+    assert_eq!(stub.bytes[at + 12..at + 28], quads);
+    assert_eq!(w.after(BIAS, STUB).expect("in reach").len(), 6);
+}
+
+#[test]
 fn what_is_out_of_reach_says_by_how_much() {
     let w = window(
         WindowKind::Call,

@@ -2,7 +2,7 @@
 
 use iced_x86::{FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
 
-use super::{Obstacle, WindowKind};
+use super::{NEAR, Obstacle, WindowKind};
 
 /// Why a memory operand can't be displaced.
 pub(super) fn operand_obstacle(i: &Instruction, window: WindowKind) -> Option<Obstacle> {
@@ -33,6 +33,15 @@ pub(super) fn obstacle(
             if window == WindowKind::Entry
                 && i.op0_kind() == OpKind::NearBranch64
                 && (i.is_jmp_short_or_near() || i.is_jcc_short_or_near()) =>
+        {
+            return None;
+        }
+        // A near call has the five bytes of a window: it ends it, and returns
+        // behind it.
+        FlowControl::Call
+            if window == WindowKind::Entry
+                && i.op0_kind() == OpKind::NearBranch64
+                && i.len() == NEAR as usize =>
         {
             return None;
         }
