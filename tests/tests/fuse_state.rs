@@ -1,12 +1,9 @@
 //! Hidden state of the C library: caller and callee each have their own, fused
 //! as by RPC.
 
-mod common;
-
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use common::ask;
 use nightgraft_testbed::fixtures::{self, Compiler};
 use nightgraft_testbed::{Agent, FunctionSpec, Node, NodeSpec};
 
@@ -116,4 +113,12 @@ fn caller_and_callee_do_not_share_what_the_c_library_hides() -> Result<()> {
         assert_eq!(&ask(&node, "Foo", question), by_rpc);
     }
     node.stop()
+}
+
+/// An answer as text, for a readable failure; the node's logs if there is none.
+fn ask(node: &Node, function: &str, input: &str) -> String {
+    match node.call(function, input.as_bytes()) {
+        Ok(answer) => String::from_utf8_lossy(&answer).into_owned(),
+        Err(e) => panic!("{function} {input:?}: {e}\n{}", node.all_logs()),
+    }
 }

@@ -47,6 +47,11 @@ pub(super) const KINDS: &[(&str, &str, &str)] = &[
          posix_spawnp system popen daemon forkpty wait wait3 wait4 waitpid waitid ptrace",
     ),
     (
+        "libraries",
+        "opens only libraries that its own worker has loaded at the time of the patch; for others dlopen fails",
+        "dlopen",
+    ),
+    (
         "threads",
         "its threads run in the caller's process",
         "pthread_create thrd_create",

@@ -43,7 +43,7 @@ const MOST_NAMED: usize = 6;
 /// One kind of effect and what gives it away.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Effect {
-    /// `files`, `network`, `environment`, `processes`, `threads`, `signals`,
+    /// `files`, `network`, `environment`, `processes`, `libraries`, `threads`, `signals`,
     /// `credentials`, `working-directory`, `exit`, `time-zone`, `host-name`,
     /// `locale`, `descriptors`, `process-settings`, `static-results`,
     /// `databases`, `system-calls`.
