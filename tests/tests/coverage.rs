@@ -71,7 +71,6 @@ fn a_refusal_is_told_from_an_answer() -> Result<()> {
 }
 
 #[test]
-#[ignore = "minutes long; `cargo xtask coverage` runs the same and writes the document"]
 fn every_fixture_comes_to_what_it_says() -> Result<()> {
     let report = run(None)?;
     print!("{}", report.table());

@@ -197,6 +197,7 @@ fn a_call_that_the_callee_left_by_a_jump_ends_with_the_callees() {
     world.graft.call = functions().get("outer");
     world.worker.grafts[1] = &raw const *inner as u64;
     world.worker.count = 2.into();
+    world.worker.names = crate::names::fill([(NAME.as_bytes(), 0), (b"Inner", 1)]);
     // Both grafts count on one edge here: two calls each time.
     for (calls, errors, input, result) in [(3, 1, "ok", 0), (5, 3, "throw", -1)] {
         assert_eq!(call(input).0, result);
