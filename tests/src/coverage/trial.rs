@@ -194,14 +194,16 @@ fn node(d: &Directives, variant: &Variant, built: &Built, dir: &Path) -> Result<
 struct NotAllFused {
     fused: u64,
     wanted: u64,
+    /// The edge as its workers tell it.
+    status: String,
 }
 
 impl fmt::Display for NotAllFused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} calls ran fused instead of {}",
-            self.fused, self.wanted
+            "{} calls ran fused instead of {}: {}",
+            self.fused, self.wanted, self.status
         )
     }
 }
@@ -324,7 +326,13 @@ impl Trial<'_> {
         let fused = self.agent.fused_calls(self.node, caller, callee)? - before;
         let wanted = d.fused_calls_per_pass();
         if fused != wanted {
-            return Err(NotAllFused { fused, wanted }.into());
+            let status = self.agent.edge_status(self.node, caller, callee)?;
+            return Err(NotAllFused {
+                fused,
+                wanted,
+                status: status.to_string(),
+            }
+            .into());
         }
         let after = self.switches()?;
         for (name, count) in &idle {
