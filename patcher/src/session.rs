@@ -7,7 +7,7 @@ use crate::analyses::Analyses;
 use crate::apply::{self, ApplyError, Limits};
 use crate::code::Live;
 use crate::effects::Allowance;
-use crate::elf::Image;
+use crate::elf::{ElfError, Image};
 use crate::manifest::{self, FindError, Present};
 use crate::plan::{self, Input, PatchPlan};
 use crate::refused::Refused;
@@ -44,6 +44,13 @@ impl From<SnapshotError> for Failure {
             SnapshotError::Replaced { pid, path } => {
                 Failure::Refused(Refused::Replaced { path, pid })
             }
+            SnapshotError::Elf {
+                path,
+                source: ElfError::Foreign { what },
+            } => Failure::Refused(Refused::OtherMachine {
+                library: path,
+                what,
+            }),
             SnapshotError::Elf { path, source } => Failure::Refused(Refused::BrokenImage {
                 library: path,
                 reason: source.to_string(),

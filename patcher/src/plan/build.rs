@@ -53,6 +53,7 @@ pub struct Input<'a> {
 /// The first reason found why it cannot be done right.
 pub fn plan(input: &Input<'_>) -> Result<PatchPlan, Refused> {
     let callee = input.callee.function();
+    load::same_c_library(input.caller, input.callee)?;
     load::check(&callee.path, &callee.image)?;
     load::check_exports(&callee.path, &callee.image)?;
     let parent = parent(input)?;
