@@ -23,6 +23,7 @@ use crate::error::AgentError;
 use crate::grafter::Grafter;
 use crate::ops::{self, Context};
 use crate::policy::Policy;
+use crate::watch::Watch;
 
 /// How many requests may wait.
 const QUEUE: usize = 64;
@@ -62,6 +63,7 @@ pub fn start(
     grafter: Arc<dyn Grafter>,
     proc_root: ProcRoot,
     policy: Arc<Policy>,
+    watch: Arc<Watch>,
 ) -> std::io::Result<(DriverHandle, JoinHandle<()>)> {
     let (queue, jobs) = mpsc::channel(QUEUE);
     let waiting = Arc::new(AtomicUsize::new(0));
@@ -71,7 +73,7 @@ pub fn start(
     };
     let thread = std::thread::Builder::new()
         .name("driver".to_owned())
-        .spawn(move || run(jobs, &*grafter, &proc_root, &policy, &waiting))?;
+        .spawn(move || run(jobs, &*grafter, &proc_root, (&policy, &watch), &waiting))?;
     Ok((handle, thread))
 }
 
@@ -79,7 +81,7 @@ fn run(
     mut jobs: mpsc::Receiver<Job>,
     grafter: &dyn Grafter,
     proc_root: &ProcRoot,
-    policy: &Policy,
+    (policy, watch): (&Policy, &Watch),
     waiting: &AtomicUsize,
 ) {
     let context = Context {
@@ -87,6 +89,7 @@ fn run(
         clock: &SystemClock,
         proc_root,
         policy,
+        watch,
     };
     while let Some(job) = jobs.blocking_recv() {
         if job.abandoned() {

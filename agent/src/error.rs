@@ -5,7 +5,7 @@
 //! codes are the server's business ([`crate::server`]), exit codes those of
 //! [`crate::cli`].
 
-use crate::api::{ErrorInfo, PatchReport, RevertReport};
+use crate::api::{ErrorInfo, PatchReport, Quarantined, RevertReport};
 use crate::grafter::GraftError;
 
 /// A request that was refused or failed.
@@ -62,6 +62,10 @@ pub enum AgentError {
         /// One of its workers.
         pid: i32,
     },
+    /// A worker died while the callee's code ran, and nobody has said that it
+    /// may run fused again.
+    #[error("{} → {} is quarantined: worker {} {}", .0.caller, .0.callee, .0.pid, .0.how)]
+    Quarantined(Box<Quarantined>),
     /// The patcher's answer for the one worker in question.
     #[error(transparent)]
     Graft(#[from] GraftError),
@@ -198,6 +202,7 @@ impl AgentError {
             Self::Recursive { .. } => "recursive",
             Self::NoWorkers { .. } => "no-workers",
             Self::NotNative { .. } => "not-native",
+            Self::Quarantined(_) => "quarantined",
             Self::Graft(error) => graft_code(error),
             Self::CanaryFailed { .. } => "canary-failed",
             Self::PatchIncomplete { first, .. } | Self::RevertIncomplete { first, .. } => {
@@ -239,6 +244,10 @@ impl AgentError {
             Self::NotNative { .. } => {
                 "only functions that func_worker_v1 runs (C and C++) can be fused".to_owned()
             }
+            Self::Quarantined(edge) => format!(
+                "when the callee is mended: agentctl unquarantine {} {}, then patch again",
+                edge.caller, edge.callee
+            ),
             Self::Graft(error) => return graft_hint(error),
             Self::CanaryFailed { .. } => {
                 "the other workers were not touched; a callee that is slow to start needs a \
@@ -256,7 +265,8 @@ impl AgentError {
             Self::Timeout { .. } => "what was begun goes on: see `agentctl status`".to_owned(),
             Self::Denied { .. } => "use agentctl as root".to_owned(),
             Self::NoSuchPath { .. } => {
-                "GET /v1/health, /v1/ps, /v1/status; POST /v1/explain, /v1/patch, /v1/revert"
+                "GET /v1/health, /v1/ps, /v1/status; POST /v1/explain, /v1/patch, /v1/revert, \
+                 /v1/unquarantine"
                     .to_owned()
             }
             Self::Internal { .. } => return None,

@@ -4,16 +4,18 @@
 //! the canary and the API are tested with a fake and no process is touched.
 //! Two kinds of call:
 //!
-//! * [`Grafter::patch`], [`Grafter::revert`], [`Grafter::set_gate`] change a
-//!   worker. Only the driver's thread calls them, one at a time, always the
-//!   same OS thread (a tracee belongs to the thread that seized it).
-//! * [`Grafter::explain`], [`Grafter::status`], [`Grafter::build_id`] only
-//!   read. Any thread may call them, also while a worker is being changed.
+//! * [`Grafter::patch`], [`Grafter::revert`] change a worker. Only the driver's
+//!   thread calls them, one at a time, always the same OS thread (a tracee
+//!   belongs to the thread that seized it).
+//! * [`Grafter::explain`], [`Grafter::status`], [`Grafter::build_id`],
+//!   [`Grafter::hold`] only read, and [`Grafter::set_gate`] stores one byte. Any
+//!   thread may call them, also while a worker is being changed.
 
 use std::path::PathBuf;
 
 pub use nightgraft_patcher::Refused;
 pub use nightgraft_patcher::effects::{Allowance, Effect};
+pub use nightgraft_patcher::held::Held;
 pub use nightgraft_patcher::report::{
     CalleeState, Disturbed, EdgeCounters, GraftStatus, PatchReceipt, RevertReceipt, RpcReasons,
     SiteProof, WorkerStatus,
@@ -132,6 +134,13 @@ pub trait Grafter: Send + Sync {
     /// # Errors
     /// As [`Grafter::status`].
     fn build_id(&self, worker: &Target) -> Result<Option<String>, GraftError>;
+
+    /// Holds a worker with something of ours in it, so that its end is seen and
+    /// what ran then is known; `None` where nothing is.
+    ///
+    /// # Errors
+    /// As [`Grafter::status`].
+    fn hold(&self, worker: &Target) -> Result<Option<Held>, GraftError>;
 
     /// Stores the gate's byte of a fused edge: `true` lets calls run fused.
     /// Stops nobody.

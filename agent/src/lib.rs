@@ -9,6 +9,9 @@
 //!                                        discover ◄──────┘   (/proc, afresh each time)
 //! ```
 //!
+//! A third thread watches fused workers to their end ([`watch`]), and quarantines
+//! the edge whose callee ran when one died ([`quarantine`]).
+//!
 //! One thread changes workers; everything else queues for it or only reads.
 
 #![deny(unsafe_code)]
@@ -25,9 +28,11 @@ pub mod grafter;
 pub mod live;
 pub mod ops;
 pub mod policy;
+pub mod quarantine;
 pub mod select;
 pub mod server;
 pub mod socket;
+pub mod watch;
 
 #[cfg(test)]
 mod testing;

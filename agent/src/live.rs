@@ -1,7 +1,10 @@
 //! [`Grafter`] on real workers: the patcher, with its errors in the agent's
 //! words.
 
+use std::collections::HashMap;
+use std::fs::File;
 use std::io::ErrorKind;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nightgraft_patcher::analyses::Analyses;
@@ -10,7 +13,8 @@ use nightgraft_patcher::session::{self, Failure, Function};
 use nightgraft_patcher::snapshot::SnapshotError;
 
 use crate::grafter::{
-    Allowance, Explained, GraftError, Grafter, PatchReceipt, RevertReceipt, Target, WorkerStatus,
+    Allowance, Explained, GraftError, Grafter, Held, PatchReceipt, RevertReceipt, Target,
+    WorkerStatus,
 };
 
 /// The patcher.
@@ -18,6 +22,9 @@ use crate::grafter::{
 pub struct Live {
     limits: Limits,
     analyses: Analyses,
+    /// Control memories of workers that were patched for the first time, until
+    /// they are held; by pid and start time.
+    controls: Mutex<HashMap<(i32, u64), File>>,
 }
 
 fn function(target: &Target) -> Function<'_> {
@@ -73,7 +80,22 @@ impl Grafter for Live {
             &self.analyses,
             &self.limits,
         )
+        .map(|applied| {
+            if let Some(control) = applied.control {
+                let mut controls = self.controls.lock().unwrap_or_else(PoisonError::into_inner);
+                controls.insert((caller.pid, caller.start_time), control);
+            }
+            applied.receipt
+        })
         .map_err(|failure| failed(failure, &[caller, callee]))
+    }
+
+    fn hold(&self, worker: &Target) -> Result<Option<Held>, GraftError> {
+        let control = {
+            let mut controls = self.controls.lock().unwrap_or_else(PoisonError::into_inner);
+            controls.remove(&(worker.pid, worker.start_time))
+        };
+        session::hold(function(worker), control).map_err(|failure| failed(failure, &[worker]))
     }
 
     fn revert(&self, caller: &Target, callee_name: &str) -> Result<RevertReceipt, GraftError> {
@@ -218,6 +240,8 @@ fn trace_error(error: ptrace_shim::Error) -> GraftError {
         Error::NotPermitted { .. } => missing_ptrace("stop a worker"),
         Error::NoSuchProcess { pid }
         | Error::ProcessDied { pid, .. }
+        // It lives, but is no worker any more.
+        | Error::Executed { pid, .. }
         | Error::AddressSpaceGone { pid } => GraftError::WorkerGone { pid: pid.as_raw() },
         other => GraftError::Failed(other.to_string()),
     }

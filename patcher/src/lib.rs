@@ -17,6 +17,7 @@ pub mod apply;
 pub mod code;
 pub mod effects;
 pub mod elf;
+pub mod held;
 pub mod load;
 pub mod manifest;
 pub mod plan;

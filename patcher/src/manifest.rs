@@ -235,6 +235,12 @@ impl Present {
         self.live[index] == self.manifest.windows[index].after
     }
 
+    /// Whether window `index` has gone with the library that it was in.
+    #[must_use]
+    pub fn is_gone(&self, index: usize) -> bool {
+        self.live[index].is_empty()
+    }
+
     /// Calls of a graft that came through the routine's entry from where no
     /// window is in place.
     pub fn unresolved(&self, graft: &GraftRecord) -> impl Iterator<Item = &SeenCall> {
@@ -287,6 +293,53 @@ pub fn find(
         }
     }
     strange.map_or(Ok(None), |what| Err(other(&what)))
+}
+
+/// What of a worker's is running code of a callee.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InFlight {
+    /// The callee, with the way to it (`Bar/Baz`).
+    pub callee: String,
+    /// Its initialisers run, not a call.
+    pub initialising: bool,
+}
+
+/// What runs in the worker, or ran when it died: told by its control area alone
+/// (which lies at 0 in `area`). Outermost first; a call that was left by a jump
+/// counts until the next outermost entry.
+///
+/// # Errors
+/// The area cannot be read.
+pub fn in_flight(
+    pid: i32,
+    start_time: u64,
+    area: &dyn Memory,
+) -> Result<Vec<InFlight>, SnapshotError> {
+    let whole = Map {
+        end: size_of::<Control>().next_multiple_of(4096) as u64,
+        ..Map::default()
+    };
+    let Area::Record(manifest, _) = read_record(pid, start_time, &whole, area)? else {
+        return Ok(Vec::new());
+    };
+    let mut found = Vec::new();
+    for graft in manifest.grafts.iter().filter(|g| g.index < abi::MAX_GRAFTS) {
+        let edge = offset_of!(Control, edges) + graft.index * size_of::<abi::SharedEdge>();
+        let field = |offset: usize| area.u64((edge + offset) as u64);
+        let entered = field(offset_of!(abi::SharedEdge, entered))?;
+        let returned = field(offset_of!(abi::SharedEdge, returned))?;
+        let mut byte = [0];
+        let initialising = offset_of!(abi::SharedEdge, initialising);
+        area.read((edge + initialising) as u64, &mut byte)?;
+        if byte[0] != 0 || entered != returned {
+            found.push(InFlight {
+                callee: graft.callee.clone(),
+                initialising: entered == returned,
+            });
+        }
+    }
+    found.sort_by_key(|one| one.callee.matches('/').count());
+    Ok(found)
 }
 
 /// What one control area holds.
@@ -367,8 +420,13 @@ fn present(
     check(&manifest, control, maps).map_err(|what| other(&what))?;
     let mut live = Vec::new();
     for window in &manifest.windows {
-        let mut bytes = vec![0; window.before.len()];
-        memory.read(window.address, &mut bytes)?;
+        let (start, end) = (window.address, window.end());
+        let is_code = |m: &Map| m.executable && m.start <= start && end <= m.end;
+        let mut bytes = Vec::new();
+        if maps.iter().any(is_code) {
+            bytes.resize(window.before.len(), 0);
+            memory.read(start, &mut bytes)?;
+        }
         live.push(bytes);
     }
     let (mut states, mut gates) = (Vec::new(), Vec::new());
@@ -459,11 +517,9 @@ fn check(manifest: &Manifest, control: u64, maps: &[Map]) -> Result<(), String> 
         let sane = w.before.len() == w.after.len()
             && (5..=64).contains(&len)
             && roles.iter().filter(|is| **is).count() <= 1;
-        if !sane
-            || w.address > u64::MAX - 64
-            || ours(w.address, len)
-            || !mapped(w.address, len, true)
-        {
+        // A library may have been closed since: then nothing is there, or what
+        // was mapped afterwards.
+        if !sane || w.address > u64::MAX - 64 || ours(w.address, len) {
             return Err(format!(
                 "a record of a window at {:#x}, which is no code",
                 w.address
@@ -656,5 +712,63 @@ mod tests {
         let mut m = FakeMemory::default();
         m.put(0x10_0000, &[0; 16]);
         assert_eq!(find(7, 99, &maps(), &m).unwrap(), None);
+    }
+
+    #[test]
+    fn a_window_of_a_library_that_was_closed_is_gone() {
+        let written = manifest();
+        let without: Vec<Map> = maps()
+            .into_iter()
+            .filter(|m| m.start != 0x40_0000)
+            .collect();
+        let found = find(7, 99, &without, &memory(&written)).unwrap().unwrap();
+        assert!(found.is_gone(0) && !found.in_place(0));
+        let found = find(7, 99, &maps(), &memory(&written)).unwrap().unwrap();
+        assert!(!found.is_gone(0));
+    }
+
+    #[test]
+    fn what_runs_is_told_by_the_area_alone_the_innermost_last() {
+        let mut written = manifest();
+        let graft = |callee: &str, index| GraftRecord {
+            callee: callee.into(),
+            index,
+            ..manifest().grafts.remove(0)
+        };
+        written.grafts = vec![graft("Bar/Baz", 0), graft("Bar", 1), graft("Qux", 2)];
+        let mut area = FakeMemory::default();
+        area.put(0, &MAGIC);
+        area.put(8, &BRIDGE_VERSION.to_le_bytes());
+        area.put(12, &[1, 0, 0, 0]);
+        area.put(slot_address(0, 1), &written.encode().unwrap());
+        let edges = offset_of!(Control, edges) as u64;
+        let size = size_of::<abi::SharedEdge>() as u64;
+        for index in 0..3 {
+            area.put(edges + index * size, &vec![0; size as usize]);
+        }
+        let count = |area: &mut FakeMemory, index: u64, at: usize, n: u64| {
+            area.put(edges + index * size + at as u64, &n.to_le_bytes());
+        };
+        let (entered, returned) = (
+            offset_of!(abi::SharedEdge, entered),
+            offset_of!(abi::SharedEdge, returned),
+        );
+        assert_eq!(in_flight(7, 99, &area).unwrap(), []);
+        for index in 0..2 {
+            count(&mut area, index, entered, 5);
+            count(&mut area, index, returned, 4);
+        }
+        let initialising = offset_of!(abi::SharedEdge, initialising) as u64;
+        area.put(edges + 2 * size + initialising, &[1]);
+        let one = |callee: &str, initialising| InFlight {
+            callee: callee.into(),
+            initialising,
+        };
+        assert_eq!(
+            in_flight(7, 99, &area).unwrap(),
+            [one("Bar", false), one("Qux", true), one("Bar/Baz", false)]
+        );
+        // Another process's: a child's, or nonsense.
+        assert_eq!(in_flight(8, 99, &area).unwrap(), []);
     }
 }

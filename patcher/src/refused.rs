@@ -284,6 +284,70 @@ refusals! {
         room: u64,
     } = "memory-limit", "{bytes} bytes are needed and the worker's limit leaves {room}",
         "raise the container's memory limit";
+    /// The worker's limits of address space leave too little.
+    AddressSpaceLimit {
+        /// The limit: `RLIMIT_AS` or `RLIMIT_DATA`.
+        limit: String,
+        /// Bytes wanted.
+        bytes: u64,
+        /// Bytes left below the limit.
+        room: u64,
+    } = "address-space-limit", "{bytes} bytes of address space are needed and {limit} leaves {room}",
+        "raise the worker's {limit}";
+    /// The kernel gave the worker no memory, for a reason that could not be
+    /// read beforehand. What had been mapped is unmapped again.
+    NoMemory {
+        /// The worker.
+        pid: i32,
+        /// The call that failed.
+        call: String,
+    } = "no-memory", "worker {pid} has no memory left for {call}",
+        "raise the worker's limits (memory, address space, vm.max_map_count)";
+    /// The worker cannot make a system call that is needed. Where that was
+    /// found by trying, what had been done is undone.
+    CallDenied {
+        /// The worker.
+        pid: i32,
+        /// The call's name.
+        call: String,
+        /// What happens instead.
+        why: String,
+    } = "call-denied", "worker {pid} cannot call {call}: {why}",
+        "let the worker's seccomp profile or security module allow {call}";
+    /// The worker has added seccomp filters of its own, which the agent cannot
+    /// read: a call may kill it.
+    FilterUnknown {
+        /// The worker.
+        pid: i32,
+        /// The first call that is needed.
+        call: String,
+    } = "filter-unknown", "worker {pid} has a seccomp filter of its own, which cannot be read: it may kill at {call} or another call that is needed",
+        "give the agent CAP_SYS_ADMIN and no seccomp filter (--cap-add SYS_ADMIN --security-opt seccomp=unconfined), so that it can read the worker's";
+    /// The worker is frozen: its threads cannot be stopped, nor do they run.
+    Frozen {
+        /// The worker.
+        pid: i32,
+    } = "frozen", "worker {pid} is in a frozen control group", "thaw it (docker unpause), and try again";
+    /// A thread did not stop in time.
+    NotStopping {
+        /// The worker.
+        pid: i32,
+        /// The thread.
+        tid: i32,
+        /// Its state as in `/proc/PID/stat`: D is an uninterruptible wait.
+        state: char,
+    } = "not-stopping", "thread {tid} of worker {pid} (state {state}) cannot be stopped",
+        "try again when the thread has what it waits for (a vfork's child, storage), or the node is less busy";
+    /// No thread could be found or left where it may be changed.
+    NoMoment {
+        /// The worker.
+        pid: i32,
+        /// Milliseconds that were tried.
+        waited_ms: u64,
+        /// What was in the way.
+        reason: String,
+    } = "no-moment", "no safe moment in worker {pid} within {waited_ms} ms: {reason}",
+        "try again when the thread has moved on";
     /// The bytes at a site are neither the library's nor ours.
     ForeignBytes {
         /// Live address.

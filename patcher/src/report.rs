@@ -50,6 +50,10 @@ pub struct EdgeCounters {
     pub fused_calls: u64,
     /// Of them, those that returned -1.
     pub fused_errors: u64,
+    /// Fused calls that have begun and not returned: 1 for long is a callee that
+    /// does not come back.
+    #[serde(default)]
+    pub in_flight: u64,
     /// Input bytes of the fused calls.
     pub bytes_in: u64,
     /// Output bytes of the fused calls.

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use crate::refused::Refused;
+
 /// Bytes left below the tightest memory limit of the worker's control group,
 /// for cgroup v1 and v2. `None` where there is no limit or it cannot be read
 /// (the group's files are not mounted where we run): then nothing is known.
@@ -69,6 +71,117 @@ fn tightest(roots: &[std::path::PathBuf], path: &str, limit: &str, usage: &str) 
         .min()
 }
 
+/// What a patch takes beside its own pages: page tables, the stack and heap of
+/// the bridge's thread, and what the kernel accounts in advance.
+const BESIDE: u64 = 1 << 20;
+
+/// Refuses `bytes` that do not fit into the `room` of a memory group.
+pub(crate) fn fits(bytes: u64, room: Option<u64>) -> Result<(), Refused> {
+    let bytes = bytes.saturating_add(BESIDE);
+    match room {
+        Some(room) if bytes > room => Err(Refused::MemoryLimit { bytes, room }),
+        _ => Ok(()),
+    }
+}
+
+/// What is left below a process's limits of address space.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct AddressRoom {
+    /// Bytes below `RLIMIT_AS`.
+    space: Option<u64>,
+    /// Bytes below `RLIMIT_DATA`, which only private writable memory counts to.
+    data: Option<u64>,
+}
+
+/// Address space that the bridge's thread takes for the time of the
+/// initialisers: its stack, usually 8 MiB, and what the C library maps for it.
+const THREAD: u64 = 9 << 20;
+
+impl AddressRoom {
+    /// Refuses what does not fit, with the thread of the initialisers beside it:
+    /// `mapped` bytes, of which `writable` can be written.
+    pub(crate) fn is_enough(&self, mapped: u64, writable: u64) -> Result<(), Refused> {
+        for (limit, room, bytes) in [
+            ("RLIMIT_AS", self.space, mapped),
+            ("RLIMIT_DATA", self.data, writable),
+        ] {
+            let bytes = bytes.saturating_add(THREAD);
+            if let Some(room) = room.filter(|room| bytes > *room) {
+                return Err(Refused::AddressSpaceLimit {
+                    limit: limit.to_owned(),
+                    bytes,
+                    room,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What `RLIMIT_AS` and `RLIMIT_DATA` leave.
+#[must_use]
+pub fn address_room(pid: i32) -> AddressRoom {
+    let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}"));
+    match (read("limits"), read("status")) {
+        (Ok(limits), Ok(status)) => address_room_of(&limits, &status),
+        _ => AddressRoom::default(),
+    }
+}
+
+fn address_room_of(limits: &str, status: &str) -> AddressRoom {
+    let limit = |name: &str| {
+        let line = limits.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_whitespace().next()?.parse::<u64>().ok()
+    };
+    let used = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        let kilobytes: u64 = line.split_whitespace().next()?.parse().ok()?;
+        kilobytes.checked_mul(1024)
+    };
+    let room =
+        |limit_of: &str, used_by: &str| Some(limit(limit_of)?.saturating_sub(used(used_by)?));
+    AddressRoom {
+        space: room("Max address space", "VmSize:"),
+        data: room("Max data size", "VmData:"),
+    }
+}
+
+/// Whether a process is in a control group that is frozen: its threads neither
+/// run nor, with cgroup v1, stop. `false` where that cannot be read.
+#[must_use]
+pub fn is_frozen(pid: i32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/cgroup"))
+        .is_ok_and(|groups| frozen(&groups, Path::new("/sys/fs/cgroup")))
+}
+
+fn frozen(groups: &str, root: &Path) -> bool {
+    groups.lines().any(|line| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else {
+            return false;
+        };
+        let path = path.trim_start_matches('/');
+        if path.split('/').any(|part| part == "..") {
+            return false;
+        }
+        let says = |file: std::path::PathBuf, words: &[&str]| {
+            std::fs::read_to_string(file)
+                .is_ok_and(|text| text.lines().any(|line| words.contains(&line.trim())))
+        };
+        if controllers.is_empty() {
+            [root.join(path), root.join("unified").join(path)]
+                .into_iter()
+                .any(|group| says(group.join("cgroup.events"), &["frozen 1"]))
+        } else {
+            controllers.split(',').any(|c| c == "freezer")
+                && says(
+                    root.join("freezer").join(path).join("freezer.state"),
+                    &["FROZEN", "FREEZING"],
+                )
+        }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -87,6 +200,41 @@ mod tests {
         put(dir.path(), "docker/memory.max", "5000\n");
         put(dir.path(), "docker/memory.current", "1500\n");
         assert_eq!(room("0::/docker/abc\n", dir.path()), Some(3500));
+    }
+
+    const LIMITS: &str = "\
+Limit                     Soft Limit           Hard Limit           Units     
+Max data size             unlimited            unlimited            bytes     
+Max address space         104857600            unlimited            bytes     
+";
+
+    #[test]
+    fn a_limit_of_address_space_leaves_what_is_not_mapped() {
+        let status = "VmPeak:\t   90000 kB\nVmSize:\t   51200 kB\nVmData:\t  1000 kB\n";
+        let room = address_room_of(LIMITS, status);
+        assert_eq!((room.space, room.data), (Some(50 << 20), None));
+        assert_eq!(room.is_enough(41 << 20, 0), Ok(()));
+        let refused = room.is_enough((41 << 20) + 1, 0).unwrap_err();
+        assert_eq!(refused.code(), "address-space-limit");
+        let data = LIMITS.replace("unlimited            unlimited", "12048000 unlimited");
+        let room = address_room_of(&data, status);
+        assert_eq!(room.data, Some(11_024_000));
+        assert_eq!(room.is_enough(0, 1 << 20), Ok(()));
+        assert!(room.is_enough(0, 2 << 20).is_err());
+        assert_eq!(address_room_of("", status), AddressRoom::default());
+    }
+
+    #[test]
+    fn a_frozen_group_of_either_version_is_known() {
+        let dir = tempfile::tempdir().unwrap();
+        put(dir.path(), "freezer/a/freezer.state", "FROZEN\n");
+        put(dir.path(), "freezer/b/freezer.state", "THAWED\n");
+        put(dir.path(), "c/cgroup.events", "populated 1\nfrozen 1\n");
+        let frozen = |groups: &str| frozen(groups, dir.path());
+        assert!(frozen("3:freezer:/a\n0::/\n"));
+        assert!(!frozen("3:freezer:/b\n0::/\n"));
+        assert!(frozen("0::/c\n"));
+        assert!(!frozen("3:freezer:/../a\n"));
     }
 
     #[test]

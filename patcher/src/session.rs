@@ -4,15 +4,16 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use crate::analyses::Analyses;
-use crate::apply::{self, ApplyError, Limits};
+use crate::apply::{self, Applied, ApplyError, Limits};
 use crate::code::Live;
 use crate::effects::Allowance;
 use crate::elf::{ElfError, Image};
+use crate::held::Held;
 use crate::manifest::{self, FindError, Present};
 use crate::plan::{self, Input, PatchPlan};
 use crate::refused::Refused;
-use crate::report::{PatchReceipt, RevertReceipt, WorkerStatus};
-use crate::room::memory_room;
+use crate::report::{RevertReceipt, WorkerStatus};
+use crate::room::{self, memory_room};
 use crate::snapshot::{Map, Memory, ProcMemory, SnapshotError, Worker, invoke_routines};
 use crate::status::status;
 
@@ -74,7 +75,10 @@ impl From<ApplyError> for Failure {
         match error {
             ApplyError::Refused(r) => Failure::Refused(r),
             ApplyError::Snapshot(e) => e.into(),
-            other => Failure::Apply(other),
+            other => match other.refusal() {
+                Some(refused) => Failure::Refused(refused),
+                None => Failure::Apply(other),
+            },
         }
     }
 }
@@ -142,6 +146,10 @@ fn planned(
     analyses: &Analyses,
 ) -> Result<PatchPlan, Failure> {
     let caller = caller.read()?;
+    apply::foresee_calls(caller.pid)?;
+    if room::is_frozen(caller.pid) {
+        return Err(Failure::Refused(Refused::Frozen { pid: caller.pid }));
+    }
     let code = plan::analyse(caller.function(), analyses)?;
     let memory = ProcMemory::open(caller.pid)?;
     let present = manifest::find(caller.pid, caller.start_time, &caller.maps, &memory)?;
@@ -159,6 +167,7 @@ fn planned(
         present: present.as_ref(),
         bridge: &bridge,
         memory_room: memory_room(caller.pid),
+        address_room: room::address_room(caller.pid),
         invoke: &invoke,
         live: &live,
         allowed,
@@ -192,6 +201,8 @@ impl LiveWorker<'_> {
 
 impl Live for LiveWorker<'_> {
     fn word(&self, at: u64) -> Option<u64> {
+        // Only what is mapped: a read just below the stack makes it grow.
+        self.map(at)?;
         self.memory.u64(at).ok()
     }
 
@@ -216,7 +227,7 @@ pub fn patch(
     allowed: Allowance,
     analyses: &Analyses,
     limits: &Limits,
-) -> Result<PatchReceipt, Failure> {
+) -> Result<Applied, Failure> {
     let callee = callee.read()?;
     let mut tries = 1;
     loop {
@@ -285,6 +296,26 @@ pub fn set_gate(worker: Function<'_>, callee: &str, on: bool) -> Result<bool, Fa
         )
         .map_err(ApplyError::from)?;
     Ok(true)
+}
+
+/// Holds what tells of a worker when it has died; `None` where nothing of ours
+/// is in it. `control` is its control memory, if a patch has just made it. To
+/// find it again takes CAP_CHECKPOINT_RESTORE (or CAP_SYS_ADMIN): without, what
+/// is held knows of the death alone.
+///
+/// # Errors
+/// See [`Failure`].
+pub fn hold(worker: Function<'_>, control: Option<std::fs::File>) -> Result<Option<Held>, Failure> {
+    let (start_time, maps) = Map::all(worker.pid)?;
+    let Some((present, _)) = present(worker)? else {
+        return Ok(None);
+    };
+    let process = ptrace_shim::Process::open(worker.pid).map_err(ApplyError::from)?;
+    if start_time != worker.start_time || process.start_time() != start_time {
+        return Err(Failure::Snapshot(SnapshotError::Gone { pid: worker.pid }));
+    }
+    let area = maps.iter().find(|m| m.start == present.manifest.control);
+    Ok(Some(Held::new(process, area, control)))
 }
 
 /// Build-id of a function's library, lower-case hex; empty if it has none.

@@ -33,6 +33,7 @@ pub fn status(present: &Present, memory: &dyn Memory) -> Result<WorkerStatus, Sn
     {
         let sites: Vec<usize> = (0..manifest.windows.len())
             .filter(|i| manifest.windows[*i].passed_by(graft.outermost()))
+            .filter(|i| !present.is_gone(*i))
             .collect();
         let windows_in_place = !sites.is_empty() && sites.iter().all(|i| present.in_place(*i));
         let routine = sites
@@ -121,10 +122,12 @@ fn counters(
 ) -> Result<EdgeCounters, SnapshotError> {
     let edge = manifest.edge(graft);
     let read = |offset: usize| memory.u64(edge + offset as u64);
+    let returned = read(offset_of!(SharedEdge, returned))?;
     let samples = read(offset_of!(SharedEdge, samples))?;
     let cycles = read(offset_of!(SharedEdge, sampled_cycles))?;
     Ok(EdgeCounters {
-        fused_calls: read(offset_of!(SharedEdge, returned))?,
+        fused_calls: returned,
+        in_flight: read(offset_of!(SharedEdge, entered))?.saturating_sub(returned),
         fused_errors: read(offset_of!(SharedEdge, errors))?,
         bytes_in: read(offset_of!(SharedEdge, bytes_in))?,
         bytes_out: read(offset_of!(SharedEdge, bytes_out))?,

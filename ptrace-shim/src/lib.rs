@@ -32,7 +32,7 @@
 //!
 //! x86-64 Linux, 5.4 or later. This crate knows nothing of ELF files, of
 //! instructions (but for the two runs in [`Gadgets`]), or of whose processes
-//! these are. It does not lift seccomp filters.
+//! these are. It reads seccomp filters where it may, and lifts none.
 
 #![deny(unsafe_code)]
 
@@ -48,6 +48,7 @@ mod options;
 mod process;
 mod registers;
 mod scheduling;
+mod seccomp;
 mod stop_all;
 mod stop_thread;
 #[expect(unsafe_code, reason = "the one place of it, see there")]
@@ -70,6 +71,7 @@ pub use options::StopOptions;
 pub use process::Process;
 pub use registers::{Interrupted, Registers};
 pub use scheduling::{SameCpu, Scheduling};
+pub use seccomp::{SeccompAnswer, SeccompFilters, SeccompState};
 pub use stop_all::{Stop, StoppedProcess, stop_all};
 pub use stop_thread::{StoppedThread, stop_thread};
 pub use syscall_names::syscall_name;

@@ -101,6 +101,41 @@ impl Process {
         self.inner.pidfd.as_fd()
     }
 
+    /// How it ended, as a status of `wait`: asked while it is a zombie, or of
+    /// kernels from 6.15 on at any time. `None` if that cannot be told (yet).
+    #[must_use]
+    pub fn end(&self) -> Option<i32> {
+        if self.is_alive() {
+            return None;
+        }
+        // Field 52 of a zombie's stat.
+        let zombie = self.read_text("stat").ok().and_then(|text| {
+            let (_, rest) = text.rsplit_once(')')?;
+            let mut fields = rest.split_ascii_whitespace();
+            (fields.next()? == "Z").then(|| fields.nth(52 - 4)?.parse().ok())?
+        });
+        zombie.or_else(|| sys::proc::pidfd_exit(self.inner.pidfd.as_fd()))
+    }
+
+    /// Whether it is on its way out, or gone: it has no memory any more, or a
+    /// SIGKILL is pending.
+    #[must_use]
+    pub fn is_dying(&self) -> bool {
+        const SIGKILL: u64 = 1 << 8;
+        let Ok(status) = self.read_text("status") else {
+            return true;
+        };
+        let pending = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            u64::from_str_radix(line.trim(), 16).ok()
+        };
+        let killed = ["SigPnd:", "ShdPnd:"]
+            .into_iter()
+            .filter_map(pending)
+            .any(|signals| signals & SIGKILL != 0);
+        killed || !status.contains("VmSize:")
+    }
+
     /// Its threads, the leader first; some may be about to exit.
     ///
     /// # Errors

@@ -78,42 +78,33 @@ impl Agent {
 
     fn start_by(wrapper: &[&str], change: impl FnOnce(&mut Command)) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("nightagent-").tempdir()?;
-        let log = File::create(dir.path().join("agent.log"))?;
-        let agent = crate::bin("agent")?;
-        let mut command = match wrapper {
-            [] => Command::new(agent),
-            [program, options @ ..] => {
-                let mut command = Command::new(program);
-                command.args(options).arg(agent);
-                command
-            }
-        };
-        command
-            .arg("--socket")
-            .arg(dir.path().join("agent.sock"))
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log);
-        crate::sys::process::kill_with_parent(&mut command);
-        change(&mut command);
-        let process = command
-            .process_group(0)
-            .spawn()
-            .context("the agent does not start")?;
+        let process = launch(dir.path(), wrapper, change)?;
         let mut agent = Self { process, dir };
+        agent.wait_until_it_answers()?;
+        Ok(agent)
+    }
+
+    /// Kills it, and starts another one in its place.
+    pub fn restart(&mut self) -> Result<()> {
+        self.kill()?;
+        self.process = launch(self.dir.path(), &[], |_| {})?;
+        self.wait_until_it_answers()
+    }
+
+    fn wait_until_it_answers(&mut self) -> Result<()> {
         let deadline = Instant::now() + START;
-        while agent.ctl(&["health"])?.code != 0 {
-            if let Some(status) = agent.process.try_wait()? {
-                bail!("the agent ended ({status}): {}", agent.log());
+        while self.ctl(&["health"])?.code != 0 {
+            if let Some(status) = self.process.try_wait()? {
+                bail!("the agent ended ({status}): {}", self.log());
             }
             ensure!(
                 Instant::now() < deadline,
                 "the agent does not answer: {}",
-                agent.log()
+                self.log()
             );
             std::thread::sleep(Duration::from_millis(10));
         }
-        Ok(agent)
+        Ok(())
     }
 
     /// Its socket.
@@ -305,6 +296,35 @@ impl Agent {
         self.process.wait()?;
         Ok(())
     }
+}
+
+/// Starts an agent with its socket and log in a folder.
+fn launch(dir: &Path, wrapper: &[&str], change: impl FnOnce(&mut Command)) -> Result<Child> {
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(dir.join("agent.log"))?;
+    let agent = crate::bin("agent")?;
+    let mut command = match wrapper {
+        [] => Command::new(agent),
+        [program, options @ ..] => {
+            let mut command = Command::new(program);
+            command.args(options).arg(agent);
+            command
+        }
+    };
+    command
+        .arg("--socket")
+        .arg(dir.join("agent.sock"))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
+    crate::sys::process::kill_with_parent(&mut command);
+    change(&mut command);
+    command
+        .process_group(0)
+        .spawn()
+        .context("the agent does not start")
 }
 
 impl Drop for Agent {

@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::client::{CallError, HttpClient};
-use crate::container::{RuntimeKind, cgroup};
+use crate::container::{Oddities, RuntimeKind, cgroup};
 use crate::keeper::{Ask, ContainerState, KeeperFunction, KeeperSpec, NodeState, Say};
 use crate::procs::{self, WorkerInfo};
 
@@ -72,6 +72,8 @@ pub struct FunctionSpec {
     pub env: Vec<(String, String)>,
     /// Limit of its container's memory, in bytes.
     pub memory_limit: Option<u64>,
+    /// In what its container differs from the usual.
+    pub oddities: Oddities,
 }
 
 impl FunctionSpec {
@@ -86,6 +88,7 @@ impl FunctionSpec {
             files: Vec::new(),
             env: Vec::new(),
             memory_limit: None,
+            oddities: Oddities::default(),
         }
     }
 
@@ -101,6 +104,13 @@ impl FunctionSpec {
     #[must_use]
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.env.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// The same in another container than the usual (with the embedded runtime).
+    #[must_use]
+    pub fn oddities(mut self, oddities: Oddities) -> Self {
+        self.oddities = oddities;
         self
     }
 
@@ -226,6 +236,7 @@ impl Node {
                 min_workers: f.min_workers,
                 max_workers: f.max_workers.max(f.min_workers),
                 memory_limit: f.memory_limit,
+                oddities: f.oddities,
             })
             .collect();
         let bins = crate::bin("node_keeper")?;

@@ -501,7 +501,7 @@ fn stays_inside(node: &Node, agent: &Agent, name: &str) -> Result<()> {
     let code = Code::of(stage.pid)?;
     let (status, refused) = agent.patch_unwatched(node, name, "Bar")?;
     ensure!(status != 200, "{refused}");
-    ensure!(refused["error"]["code"] == "graft-failed", "{refused}");
+    ensure!(refused["error"]["code"] == "no-moment", "{refused}");
     let message = refused["error"]["message"].to_string();
     ensure!(message.contains(&stage.pid.to_string()), "{message}");
     code.unchanged()?;

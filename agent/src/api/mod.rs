@@ -8,6 +8,7 @@
 //! | `POST /v1/explain` | [`EdgeRequest`] | [`Explanation`] |
 //! | `POST /v1/patch` | [`PatchRequest`] | [`PatchReport`] |
 //! | `POST /v1/revert` | [`EdgeRequest`] | [`RevertReport`] |
+//! | `POST /v1/unquarantine` | [`EdgeRequest`] | [`UnquarantineReport`] |
 //!
 //! An answer other than 200 carries an [`ErrorBody`]. Fields may be added
 //! within a version; none is removed or changes its meaning.
@@ -30,6 +31,8 @@ pub const EXPLAIN: &str = "/v1/explain";
 pub const PATCH: &str = "/v1/patch";
 /// Path that un-fuses an edge.
 pub const REVERT: &str = "/v1/revert";
+/// Path that lifts an edge's quarantine.
+pub const UNQUARANTINE: &str = "/v1/unquarantine";
 
 /// Where the agent listens unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/nightgraft/agent.sock";
@@ -119,6 +122,40 @@ pub struct Health {
     pub queued: usize,
     /// What the agent lacks, each with the flag that grants it.
     pub missing: Vec<MissingCapability>,
+    /// Edges that are not fused again until that is asked for.
+    #[serde(default)]
+    pub quarantined: Vec<Quarantined>,
+}
+
+/// An edge whose callee ran when a worker died.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quarantined {
+    /// The caller's name, or `#id`.
+    pub caller: String,
+    /// The callee's name, with the way to it.
+    pub callee: String,
+    /// Pid of the engine.
+    pub engine: Option<i32>,
+    /// The worker that died.
+    pub pid: i32,
+    /// How, and what ran, completing "worker … ".
+    pub how: String,
+    /// All callees whose code had begun, outermost first; the last is this
+    /// edge's.
+    pub in_flight: Vec<String>,
+    /// Seconds since 1970.
+    pub since: u64,
+}
+
+/// What lifting a quarantine did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnquarantineReport {
+    /// The caller's name.
+    pub caller: String,
+    /// The callee's name.
+    pub callee: String,
+    /// What it was there for; `None` if it was not quarantined.
+    pub was: Option<Quarantined>,
 }
 
 /// Something that the agent may not do.
@@ -246,6 +283,9 @@ pub struct FusedEdge {
 pub struct Status {
     /// Sorted by caller, then callee.
     pub edges: Vec<Edge>,
+    /// Edges that are not fused again until that is asked for.
+    #[serde(default)]
+    pub quarantined: Vec<Quarantined>,
     /// What could not be read, in sentences.
     pub notes: Vec<String>,
 }

@@ -13,7 +13,9 @@ use nightgraft_agent::api::DEFAULT_SOCKET;
 use nightgraft_agent::discover::ProcRoot;
 use nightgraft_agent::discover::docker::{self, DockerSocket};
 use nightgraft_agent::policy::Policy;
+use nightgraft_agent::quarantine::{self, Quarantine};
 use nightgraft_agent::server::{Agent, serve};
+use nightgraft_agent::watch::Watch;
 use nightgraft_agent::{driver, factory, ops, socket};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -27,6 +29,10 @@ Exit codes:
 
 Environment:
   RUST_LOG  what is logged to stderr, such as info (the default) or debug
+
+Files:
+  SOCKET.quarantine.json  edges that are not fused again until they are
+                          unquarantined
 
 Needs root; in a container --pid=host and --cap-add SYS_PTRACE.";
 
@@ -104,10 +110,22 @@ fn run(args: Args) -> anyhow::Result<()> {
             .unwrap_or_else(|| PathBuf::from(docker::DEFAULT_SOCKET)),
     };
     let grafter = factory::grafter();
-    let (handle, driver) = driver::start(grafter.clone(), proc_root.clone(), policy.clone())
-        .context("can't start the driver")?;
+    let file = quarantine::file_beside(&args.socket);
+    let quarantine = Quarantine::open(file.clone()).with_context(|| {
+        let file = file.display();
+        format!("can't read the quarantined edges in {file} (remove it to forget them)")
+    })?;
+    let watch = Watch::start(quarantine, grafter.clone(), proc_root.clone())
+        .context("can't start the watch")?;
+    let (handle, driver) = driver::start(
+        grafter.clone(),
+        proc_root.clone(),
+        policy.clone(),
+        watch.clone(),
+    )
+    .context("can't start the driver")?;
     let tidied = grafter.clone();
-    let agent = Agent::new(grafter, handle, proc_root, Some(docker), policy);
+    let agent = Agent::new(grafter, handle, proc_root, Some(docker), policy, watch);
     let served = runtime.block_on(async {
         let listener = UnixListener::from_std(listener).context("can't listen")?;
         let mut terminate = signal(SignalKind::terminate()).context("can't catch SIGTERM")?;

@@ -79,6 +79,12 @@ pub enum Command {
     /// Turn a fused callee back into an RPC, in all workers of a caller
     #[command(after_help = EXIT_CODES)]
     Revert(EdgeArgs),
+    /// Let an edge be fused again whose callee ran when a worker died
+    ///
+    /// The agent quarantines such an edge: its gates go off in all workers, and
+    /// patch refuses it. This lifts that and fuses nothing.
+    #[command(after_help = EXIT_CODES)]
+    Unquarantine(EdgeArgs),
     /// Show how the agent is, and what it lacks
     #[command(after_help = EXIT_CODES)]
     Health,

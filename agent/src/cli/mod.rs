@@ -17,7 +17,7 @@ pub use args::{Args, Command};
 
 use crate::api::{
     self, EdgeRequest, ErrorBody, ErrorInfo, Explanation, Health, PatchReport, PatchRequest, Ps,
-    RevertReport, Status,
+    RevertReport, Status, UnquarantineReport,
 };
 use crate::client::{Client, ClientError};
 
@@ -145,6 +145,12 @@ async fn ask(args: &Args) -> Result<Output, ClientError> {
             let request = EdgeRequest::from(edge);
             let report: RevertReport = client.post(api::REVERT, &request, WRITE_LIMIT).await?;
             Output::new(&report, render::reverted(&report))
+        }
+        Command::Unquarantine(edge) => {
+            let request = EdgeRequest::from(edge);
+            let report: UnquarantineReport =
+                client.post(api::UNQUARANTINE, &request, READ_LIMIT).await?;
+            Output::new(&report, render::unquarantined(&report))
         }
     }
 }

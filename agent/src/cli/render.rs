@@ -7,8 +7,8 @@ use comfy_table::{Table, presets};
 use super::format::{bytes, clean, clean_lines, count, hex_pairs, nanos, nanos_f64};
 use crate::api::{
     Edge, ErrorInfo, Explanation, FusedEdge, Health, PatchOutcome, PatchReport, PatchedWorker,
-    Proof, ProofVerdict, Ps, RevertOutcome, RevertReport, RevertedWorker, Status, Worker,
-    WorkerKind,
+    Proof, ProofVerdict, Ps, Quarantined, RevertOutcome, RevertReport, RevertedWorker, Status,
+    UnquarantineReport, Worker, WorkerKind,
 };
 use crate::discover::short_id;
 use crate::grafter::{CalleeState, Disturbed, SiteProof};
@@ -168,6 +168,7 @@ pub(super) fn status(status: &Status) -> String {
     let mut text = String::new();
     if status.edges.is_empty() {
         text.push_str("nothing is fused\n");
+        quarantined(&mut text, &status.quarantined);
         notes(&mut text, &status.notes);
         return text;
     }
@@ -187,6 +188,7 @@ pub(super) fn status(status: &Status) -> String {
         "MAPPED",
     ];
     text.push_str(&table(header, rows));
+    quarantined(&mut text, &status.quarantined);
     for edge in &status.edges {
         for worker in &edge.workers {
             if worker.graft.routine && worker.graft.windows_in_place {
@@ -503,7 +505,33 @@ pub(super) fn health(health: &Health) -> String {
             clean(&missing.flag)
         );
     }
+    quarantined(&mut text, &health.quarantined);
     text
+}
+
+fn quarantined(text: &mut String, edges: &[Quarantined]) {
+    for edge in edges {
+        let (caller, callee) = (clean(&edge.caller), clean(&edge.callee));
+        let _ = writeln!(
+            text,
+            "quarantined: {caller} → {callee}: worker {} {} (agentctl unquarantine {caller} {callee})",
+            edge.pid,
+            clean(&edge.how),
+        );
+    }
+}
+
+/// What lifting a quarantine did.
+pub(super) fn unquarantined(report: &UnquarantineReport) -> String {
+    let (caller, callee) = (clean(&report.caller), clean(&report.callee));
+    match &report.was {
+        Some(was) => format!(
+            "{caller} → {callee} may be fused again (worker {} {})\n",
+            was.pid,
+            clean(&was.how)
+        ),
+        None => format!("{caller} → {callee} was not quarantined\n"),
+    }
 }
 
 /// What is wrong, with its code and what to do.

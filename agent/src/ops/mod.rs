@@ -18,7 +18,7 @@ mod tests;
 use std::time::Duration;
 
 pub use patch::patch;
-pub use read::{explain, ps, status};
+pub use read::{explain, ps, status, unquarantine};
 pub use revert::revert;
 
 use crate::api::MissingCapability;
@@ -26,6 +26,7 @@ use crate::canary::Clock;
 use crate::discover::{ProcRoot, own_capabilities, sees_the_node};
 use crate::grafter::{GraftError, Grafter};
 use crate::policy::Policy;
+use crate::watch::Watch;
 
 /// `CAP_SYS_PTRACE` in `include/uapi/linux/capability.h`.
 const CAP_SYS_PTRACE: u32 = 19;
@@ -41,6 +42,8 @@ pub struct Context<'a> {
     pub proc_root: &'a ProcRoot,
     /// What edges are allowed besides what a request allows.
     pub policy: &'a Policy,
+    /// Who watches patched workers, and what is quarantined.
+    pub watch: &'a Watch,
 }
 
 impl Context<'_> {

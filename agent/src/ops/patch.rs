@@ -57,14 +57,24 @@ pub fn patch(
         }
     })?;
     context.require_capabilities()?;
+    let caller_label = caller.label();
+    let quarantined = || {
+        let quarantine = &context.watch.quarantine;
+        quarantine.find(caller.engine, &caller_label, &name)
+    };
+    if let Some(why) = quarantined() {
+        return Err(AgentError::Quarantined(Box::new(why)));
+    }
     let mut edge = Edge {
         context,
+        caller: caller_label.clone(),
+        engine: caller.engine,
         callees: newest_first(&callees)
             .into_iter()
             .map(|(_, target)| target.clone())
             .collect(),
         allowed: asked.and(context.policy.allowed(&caller.label(), &callee.label())),
-        name,
+        name: name.clone(),
         bound: canary_wait(request.canary_wait_ms),
     };
     let (todo, mut workers) = edge.check(&callers)?;
@@ -125,11 +135,19 @@ pub fn patch(
     }
     workers.extend(edge.watch(watched));
     let targets: Vec<Target> = callers.iter().map(|(_, target)| target.clone()).collect();
-    let name = edge.name.clone();
     let notes = seen::rewrite(context.grafter, &name, &targets, &mut workers, |target| {
         edge.patch_target(target)
     });
     report.notes.extend(notes);
+    if let Some(why) = quarantined() {
+        // One of them died of it meanwhile, perhaps before this one had a gate.
+        for target in &targets {
+            if let Err(error) = context.grafter.set_gate(target, &name, false) {
+                tracing::debug!(pid = target.pid, %error, "no gate to close");
+            }
+        }
+        return Err(AgentError::Quarantined(Box::new(why)));
+    }
     report.workers = workers;
     conclude(report)
 }
@@ -245,6 +263,9 @@ impl Todo<'_> {
 /// The edge that is being fused.
 struct Edge<'a> {
     context: &'a Context<'a>,
+    /// The caller's label and engine.
+    caller: String,
+    engine: Option<i32>,
     /// Workers of the callee, the one to be read first.
     callees: Vec<Target>,
     name: String,
@@ -325,13 +346,17 @@ impl Edge<'_> {
         let allowed = self.allowed;
         let result = self.with_callee(|callee| grafter.patch(target, callee, &name, allowed));
         match &result {
-            Ok(receipt) => tracing::info!(
-                pid = target.pid,
-                callee = name,
-                already = receipt.already,
-                commit_stop_ns = receipt.commit_stop_ns,
-                "patched"
-            ),
+            Ok(receipt) => {
+                tracing::info!(
+                    pid = target.pid,
+                    callee = name,
+                    already = receipt.already,
+                    commit_stop_ns = receipt.commit_stop_ns,
+                    "patched"
+                );
+                let watch = self.context.watch;
+                watch.track(grafter, target, &self.caller, self.engine);
+            }
             Err(error) => {
                 tracing::warn!(pid = target.pid, callee = name, %error, "not patched");
             }

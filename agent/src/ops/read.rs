@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use super::{Context, missing_capabilities};
 use crate::api::{
     Container, Edge, EdgeRequest, EdgeTotals, EdgeWorker, Explanation, Function, FusedEdge, Ps,
-    Status, Worker, WorkerKind,
+    Status, UnquarantineReport, Worker, WorkerKind,
 };
 use crate::canary::rpc_calls;
 use crate::discover::docker::Description;
@@ -157,7 +157,44 @@ pub fn status(context: &Context<'_>, node: Node) -> Status {
             workers,
         })
         .collect();
-    Status { edges, notes }
+    Status {
+        edges,
+        quarantined: context.watch.quarantine.all(),
+        notes,
+    }
+}
+
+/// Lifts an edge's quarantine. It stays as it is in the workers, an RPC, until
+/// it is patched.
+///
+/// # Errors
+/// What [`select`] finds wrong with the names.
+pub fn unquarantine(
+    context: &Context<'_>,
+    node: &Node,
+    request: &EdgeRequest,
+) -> Result<UnquarantineReport, AgentError> {
+    let select::Edge { caller, name, .. } =
+        select::edge(node, &request.caller, &request.callee, request.engine)
+            .map_err(|error| context.explained(error))?;
+    let label = caller.label();
+    let was = context
+        .watch
+        .quarantine
+        .remove(caller.engine, &label, &name);
+    if let Some(was) = &was {
+        tracing::warn!(
+            caller = label,
+            callee = name,
+            how = was.how,
+            "unquarantined"
+        );
+    }
+    Ok(UnquarantineReport {
+        caller: label,
+        callee: name,
+        was,
+    })
 }
 
 fn totals(workers: &[EdgeWorker]) -> EdgeTotals {

@@ -23,7 +23,7 @@ use tokio::sync::Semaphore;
 
 use crate::api::{
     EXPLAIN, EdgeRequest, ErrorBody, Explanation, HEALTH, Health, PATCH, PS, PatchReport,
-    PatchRequest, Ps, REVERT, RevertReport, STATUS, Status,
+    PatchRequest, Ps, REVERT, RevertReport, STATUS, Status, UNQUARANTINE, UnquarantineReport,
 };
 use crate::canary::SystemClock;
 use crate::discover::docker::{self, DockerSocket};
@@ -33,6 +33,7 @@ use crate::error::AgentError;
 use crate::grafter::{GraftError, Grafter};
 use crate::ops::{self, Context, missing_capabilities};
 use crate::policy::Policy;
+use crate::watch::Watch;
 
 /// Largest request body, in bytes.
 const MAX_BODY: usize = 16 << 10;
@@ -79,6 +80,8 @@ pub struct Agent {
     pub docker: Option<DockerSocket>,
     /// What edges are allowed.
     pub policy: Arc<Policy>,
+    /// Who watches patched workers, and what is quarantined.
+    pub watch: Arc<Watch>,
     /// Users that may talk to the agent.
     pub allowed_uids: Vec<u32>,
     readers: Arc<Semaphore>,
@@ -94,6 +97,7 @@ impl Agent {
         proc_root: ProcRoot,
         docker: Option<DockerSocket>,
         policy: Arc<Policy>,
+        watch: Arc<Watch>,
     ) -> Self {
         Self {
             grafter,
@@ -101,6 +105,7 @@ impl Agent {
             proc_root,
             docker,
             policy,
+            watch,
             allowed_uids: vec![0, nix::unistd::geteuid().as_raw()],
             readers: Arc::new(Semaphore::new(READERS)),
             started: Instant::now(),
@@ -131,6 +136,7 @@ impl Agent {
                     grafter,
                     proc_root,
                     policy,
+                    watch,
                     ..
                 } = &agent;
                 act(
@@ -139,6 +145,7 @@ impl Agent {
                         clock: &SystemClock,
                         proc_root,
                         policy,
+                        watch,
                     },
                     node,
                 )
@@ -177,6 +184,7 @@ fn router(agent: Agent) -> Router {
         .route(EXPLAIN, post(explain))
         .route(PATCH, post(patch))
         .route(REVERT, post(revert))
+        .route(UNQUARANTINE, post(unquarantine))
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_path)
         .layer(middleware::from_fn_with_state(
@@ -219,6 +227,7 @@ async fn health(State(agent): State<Agent>) -> Answer<Health> {
         uptime_s: agent.started.elapsed().as_secs(),
         queued: agent.driver.waiting(),
         missing: missing_capabilities(&agent.proc_root),
+        quarantined: agent.watch.quarantine.all(),
     }))
 }
 
@@ -272,6 +281,17 @@ async fn revert(
     Ok(Json(
         within("revert", WRITE_LIMIT, agent.driver.revert(request)).await?,
     ))
+}
+
+async fn unquarantine(
+    State(agent): State<Agent>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    request: Request,
+) -> Answer<UnquarantineReport> {
+    let request: EdgeRequest = body(request).await?;
+    tracing::info!(?peer, ?request, "asked to unquarantine");
+    let lift = move |context: &Context<'_>, node| ops::unquarantine(context, &node, &request);
+    Ok(Json(agent.read("unquarantine", lift).await?))
 }
 
 async fn within<T>(
@@ -367,6 +387,7 @@ fn http_status(error: &AgentError) -> StatusCode {
         | AgentError::Recursive { .. }
         | AgentError::NoWorkers { .. }
         | AgentError::NotNative { .. }
+        | AgentError::Quarantined(_)
         | AgentError::Graft(
             GraftError::Refused(_) | GraftError::TracedBy { .. } | GraftError::WorkerGone { .. },
         )

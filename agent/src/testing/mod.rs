@@ -334,6 +334,10 @@ impl Grafter for FakeGrafter {
         })
     }
 
+    fn hold(&self, _worker: &Target) -> Result<Option<crate::grafter::Held>, GraftError> {
+        Ok(None)
+    }
+
     fn build_id(&self, worker: &Target) -> Result<Option<String>, GraftError> {
         self.with(worker.pid, |fake| Ok(Some(fake.build_id.clone())))
     }

@@ -28,8 +28,16 @@ impl FakeServer {
         let listener = tokio::net::UnixListener::from_std(listener).unwrap();
         let grafter = Arc::new(grafter);
         let (driver, _thread) =
-            crate::driver::start(grafter.clone(), proc.root(), Arc::default()).unwrap();
-        let mut agent = Agent::new(grafter.clone(), driver, proc.root(), None, Arc::default());
+            crate::driver::start(grafter.clone(), proc.root(), Arc::default(), Arc::default())
+                .unwrap();
+        let mut agent = Agent::new(
+            grafter.clone(),
+            driver,
+            proc.root(),
+            None,
+            Arc::default(),
+            Arc::default(),
+        );
         agent.allowed_uids = allowed;
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         tokio::spawn(serve(listener, agent, async move {

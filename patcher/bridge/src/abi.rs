@@ -180,8 +180,10 @@ pub const REQUIRED_IMPORTS: usize = Import::RegisterFrame as usize;
 pub struct SharedEdge {
     /// 1: calls may run fused; 0: they take the RPC.
     pub gate: AtomicU8,
+    /// 1 while the initialisers run, whose crash would be the worker's.
+    pub initialising: AtomicU8,
     /// Padding, so that the counters start aligned.
-    pub pad: [u8; 7],
+    pub pad: [u8; 6],
     /// Fused calls begun.
     pub entered: AtomicU64,
     /// Fused calls that came back.

@@ -51,6 +51,7 @@ pub unsafe fn advance(graft: &Graft, worker: &Worker) -> bool {
 /// Starts the thread.
 unsafe fn begin(graft: &Graft, worker: &Worker) {
     graft.state.store(STATE_INITIALISING, Release);
+    mark(graft, 1);
     let mut thread = 0_u64;
     // SAFETY: the graft outlives the thread.
     unsafe {
@@ -63,7 +64,19 @@ unsafe fn begin(graft: &Graft, worker: &Worker) {
     }
 }
 
+/// Says where the agent sees it, also when the worker has died meanwhile, that
+/// the initialisers run.
+fn mark(graft: &Graft, running: u8) {
+    // SAFETY: the patcher wrote the address.
+    unsafe {
+        (*(graft.shared as *const SharedEdge))
+            .initialising
+            .store(running, Release);
+    }
+}
+
 fn fail(graft: &Graft, (failure, code): (u32, i32)) {
+    mark(graft, 0);
     graft.failure.set(failure);
     graft.failure_code.set(code);
     // SAFETY: the patcher wrote the address.
@@ -212,7 +225,10 @@ unsafe fn finish(graft: &Graft, mut outcome: Outcome) {
         }
     }
     match outcome {
-        Ok(()) => graft.state.store(STATE_INITIALISED, Release),
+        Ok(()) => {
+            mark(graft, 0);
+            graft.state.store(STATE_INITIALISED, Release);
+        }
         Err(failure) => fail(graft, failure),
     }
 }

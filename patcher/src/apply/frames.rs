@@ -103,7 +103,12 @@ pub(super) fn interrupted(rsp: u64, stack: &dyn Stack, spans: &[Span]) -> Interr
     Interrupted::Elsewhere
 }
 
+/// Only what is mapped is looked at: a read just below the main thread's stack
+/// makes it grow.
 fn is_restorer(address: u64, stack: &dyn Stack) -> bool {
+    if stack.mapping_end(address).is_none() {
+        return false;
+    }
     let mut code = [0; RESTORER.len()];
     stack.read(address, &mut code) && code == RESTORER
 }

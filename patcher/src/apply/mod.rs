@@ -13,11 +13,13 @@
 //! mapped by a patch that does not get to its record is unmapped again.
 
 mod commit;
+mod filters;
 mod frames;
 mod prepare;
 mod revert;
 
 use std::cell::Cell;
+use std::fs::File;
 use std::time::Duration;
 
 use ptrace_shim::{Process, SameCpu, Scheduling, StopOptions};
@@ -27,6 +29,7 @@ use crate::refused::Refused;
 use crate::report::{Disturbed, PatchReceipt, SiteProof};
 use crate::snapshot::SnapshotError;
 
+pub(crate) use filters::foresee as foresee_calls;
 pub use revert::revert;
 
 /// Bounds on the time that a patch or revert takes.
@@ -109,13 +112,67 @@ pub enum ApplyError {
     },
 }
 
+impl ApplyError {
+    /// The refusal that this comes to, if it is one: something of the worker's
+    /// that would have to be otherwise. The worker is as it was.
+    pub(crate) fn refusal(&self) -> Option<Refused> {
+        use ptrace_shim::Error;
+        Some(match self {
+            ApplyError::Call {
+                pid,
+                call,
+                errno: nix::errno::Errno::ENOMEM,
+            } => Refused::NoMemory {
+                pid: *pid,
+                call: (*call).to_owned(),
+            },
+            ApplyError::Call { pid, call, errno } => Refused::CallDenied {
+                pid: *pid,
+                call: (*call).to_owned(),
+                why: format!("it fails with {errno:?}"),
+            },
+            ApplyError::Trace(Error::CallTrapped { pid, nr }) => {
+                let nr = libc::c_long::try_from(*nr).ok()?;
+                filters::denied(pid.as_raw(), nr, "a filter sends SIGSYS")
+            }
+            ApplyError::Trace(Error::Timeout {
+                pid, tid, state, ..
+            }) => Refused::NotStopping {
+                pid: pid.as_raw(),
+                tid: tid.as_raw(),
+                state: *state,
+            },
+            ApplyError::NoMoment {
+                pid,
+                waited,
+                reason,
+            } => Refused::NoMoment {
+                pid: *pid,
+                waited_ms: u64::try_from(waited.as_millis()).unwrap_or(u64::MAX),
+                reason: reason.clone(),
+            },
+            _ => return None,
+        })
+    }
+}
+
+/// What carrying out a plan gave.
+#[derive(Debug)]
+pub struct Applied {
+    /// What was done.
+    pub receipt: PatchReceipt,
+    /// The worker's control memory, if this patch made it.
+    pub control: Option<File>,
+}
+
 /// Carries out a plan.
 ///
 /// # Errors
 /// See [`ApplyError`].
-pub fn apply(plan: &PatchPlan, limits: &Limits) -> Result<PatchReceipt, ApplyError> {
+pub fn apply(plan: &PatchPlan, limits: &Limits) -> Result<Applied, ApplyError> {
+    let applied = |receipt, control| Applied { receipt, control };
     if plan.already {
-        return Ok(receipt(plan, true));
+        return Ok(applied(receipt(plan, true), None));
     }
     on_tracer_thread(|| {
         let process = open(plan.pid, plan.start_time)?;
@@ -128,7 +185,10 @@ pub fn apply(plan: &PatchPlan, limits: &Limits) -> Result<PatchReceipt, ApplyErr
             let touched = Cell::new(false);
             let committed = written.and_then(|()| commit::commit(&process, plan, limits, &touched));
             match committed {
-                Ok(stop) => return finish(plan, &process, &stop, stops, disturbed),
+                Ok(stop) => {
+                    let receipt = finish(plan, &process, &stop, stops, disturbed)?;
+                    return Ok(applied(receipt, undo.control));
+                }
                 Err(failure) => {
                     // Only while nothing can lead to the mapping.
                     if !touched.get() {
@@ -140,7 +200,8 @@ pub fn apply(plan: &PatchPlan, limits: &Limits) -> Result<PatchReceipt, ApplyErr
         }
         prepare::record(&process, plan)?;
         let stop = commit::commit(&process, plan, limits, &Cell::new(false))?;
-        finish(plan, &process, &stop, stops, disturbed)
+        let receipt = finish(plan, &process, &stop, stops, disturbed)?;
+        Ok(applied(receipt, None))
     })
 }
 

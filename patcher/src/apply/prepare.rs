@@ -1,5 +1,6 @@
 //! Mapping and filling: everything before the worker's own code is touched.
 
+use std::fs::File;
 use std::mem::offset_of;
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use ptrace_shim::{
     Address, Borrowed, Error, Gadgets, Memory, Process, StopOptions, StoppedThread, stop_thread,
 };
 
-use super::{ApplyError, Limits, commit, disturbance, nanoseconds, options};
+use super::{ApplyError, Limits, commit, disturbance, filters, nanoseconds, options};
 use crate::manifest::{WindowRecord, slot_address};
 use crate::plan::{Access, Mapping, PatchPlan};
 use crate::report::Disturbed;
@@ -17,6 +18,9 @@ use crate::report::Disturbed;
 /// Proof that the mapping is there, to be given back if it is not needed.
 pub(super) struct Undo {
     gadgets: Gadgets,
+    /// The control memory, if this patch made it: it is what tells what ran when
+    /// the worker dies.
+    pub(super) control: Option<File>,
 }
 
 /// Maps and fills. If it fails, what it mapped is unmapped again.
@@ -29,20 +33,20 @@ pub(super) fn prepare(
 ) -> Result<Undo, ApplyError> {
     let memory = Memory::open(process)?;
     let gadgets = Gadgets::find(&memory)?;
-    let mut thread_pointer = 0;
+    let (mut thread_pointer, mut control) = (0, None);
     with_borrowed(
         process,
         &gadgets,
-        &plan.windows,
+        Some(plan),
         limits,
         stops,
         disturbed,
         |borrowed| {
             thread_pointer = borrowed.registers().fs_base;
-            map_all(borrowed, plan)
+            map_all(borrowed, plan, &mut control)
         },
     )?;
-    let undo = Undo { gadgets };
+    let undo = Undo { gadgets, control };
     let filled = plan
         .mappings()
         .try_for_each(|mapping| fill(process, &memory, mapping, thread_pointer, limits, stops));
@@ -65,7 +69,7 @@ pub(super) fn take_back(process: &Process, plan: &PatchPlan, undo: &Undo, limits
         with_borrowed(
             process,
             gadgets,
-            &[],
+            None,
             limits,
             &mut stops,
             &mut disturbed,
@@ -82,35 +86,52 @@ pub(super) fn take_back(process: &Process, plan: &PatchPlan, undo: &Undo, limits
 
 /// Stops the worker's main thread, borrows it, and gives it back whatever
 /// happens. A thread that can't be borrowed just now is tried again, and so is
-/// one whose signal handler interrupted one of the `windows`: the commit would
-/// have to wait for it, and nothing should be mapped for a patch that may
-/// never come to that.
+/// one whose signal handler interrupted one of the `plan`'s windows: the commit
+/// would have to wait for it, and nothing should be mapped for a patch that may
+/// never come to that. What the plan needs to call is checked first; without a
+/// plan, what was called before is taken back.
 fn with_borrowed(
     process: &Process,
     gadgets: &Gadgets,
-    windows: &[WindowRecord],
+    plan: Option<&PatchPlan>,
     limits: &Limits,
     stops: &mut Vec<u64>,
     disturbed: &mut Vec<Disturbed>,
     work: impl FnOnce(&mut Borrowed) -> Result<(), ApplyError>,
 ) -> Result<(), ApplyError> {
     let since = Instant::now();
+    let windows: &[WindowRecord] = plan.map_or(&[], |plan| &plan.windows);
+    let mut seen = None;
     let mut borrowed = loop {
         let maps = commit::ranges(process)?;
-        let stopped = stop(process, options(limits))?;
-        disturbed.extend(stopped.disturbed().as_ref().map(disturbance));
-        let reason = match commit::interrupted_site(&stopped, windows, &maps) {
-            Some(reason) => {
-                stopped.resume()?;
-                reason
+        match stop(process, options(limits)) {
+            Ok(stopped) => {
+                disturbed.extend(stopped.disturbed().as_ref().map(disturbance));
+                if let Some(plan) = plan {
+                    filters::check(&stopped, gadgets, plan)?;
+                }
+                match commit::interrupted_site(&stopped, windows, &maps) {
+                    Some(reason) => {
+                        stopped.resume()?;
+                        seen = Some(reason);
+                    }
+                    None => match stopped.borrow(gadgets) {
+                        Ok(borrowed) => break borrowed,
+                        Err(Error::NotBorrowable { reason, .. }) => seen = Some(reason.to_string()),
+                        Err(other) => return Err(other.into()),
+                    },
+                }
             }
-            None => match stopped.borrow(gadgets) {
-                Ok(borrowed) => break borrowed,
-                Err(Error::NotBorrowable { reason, .. }) => reason.to_string(),
-                Err(other) => return Err(other.into()),
-            },
-        };
-        if since.elapsed() > limits.commit {
+            // A thread that wants a processor on a busy node, and may have it
+            // the next time.
+            Err(Error::Timeout { .. }) if since.elapsed() <= limits.commit => {}
+            Err(timeout @ Error::Timeout { .. }) if seen.is_none() => return Err(timeout.into()),
+            Err(Error::Timeout { .. }) => {}
+            Err(other) => return Err(other.into()),
+        }
+        if since.elapsed() > limits.commit
+            && let Some(reason) = seen
+        {
             return Err(ApplyError::NoMoment {
                 pid: process.pid().as_raw(),
                 waited: since.elapsed(),
@@ -132,9 +153,13 @@ fn stop(process: &Process, options: StopOptions) -> Result<StoppedThread, Error>
 const NONE: u64 = u64::MAX; // no descriptor: -1
 
 /// Maps all, or nothing.
-fn map_all(borrowed: &mut Borrowed, plan: &PatchPlan) -> Result<(), ApplyError> {
+fn map_all(
+    borrowed: &mut Borrowed,
+    plan: &PatchPlan,
+    kept: &mut Option<File>,
+) -> Result<(), ApplyError> {
     for (index, mapping) in plan.mappings().enumerate() {
-        if let Err(failure) = map(borrowed, plan.pid, mapping) {
+        if let Err(failure) = map(borrowed, plan.pid, mapping, kept) {
             for mapped in plan.mappings().take(index) {
                 let _ = unmap(borrowed, plan.pid, mapped);
             }
@@ -144,7 +169,12 @@ fn map_all(borrowed: &mut Borrowed, plan: &PatchPlan) -> Result<(), ApplyError> 
     Ok(())
 }
 
-fn map(borrowed: &mut Borrowed, pid: i32, mapping: &Mapping) -> Result<(), ApplyError> {
+fn map(
+    borrowed: &mut Borrowed,
+    pid: i32,
+    mapping: &Mapping,
+    kept: &mut Option<File>,
+) -> Result<(), ApplyError> {
     let whole = mapping.reservation;
     let flags =
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE | libc::MAP_NORESERVE;
@@ -171,14 +201,19 @@ fn map(borrowed: &mut Borrowed, pid: i32, mapping: &Mapping) -> Result<(), Apply
             at: whole.start,
         });
     }
-    let result = map_parts(borrowed, pid, mapping);
+    let result = map_parts(borrowed, pid, mapping, kept);
     if result.is_err() {
         let _ = unmap(borrowed, pid, mapping);
     }
     result
 }
 
-fn map_parts(borrowed: &mut Borrowed, pid: i32, mapping: &Mapping) -> Result<(), ApplyError> {
+fn map_parts(
+    borrowed: &mut Borrowed,
+    pid: i32,
+    mapping: &Mapping,
+    kept: &mut Option<File>,
+) -> Result<(), ApplyError> {
     let fixed = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
     for part in mapping.parts.iter().filter(|p| p.access != Access::Read) {
         mmap(
@@ -203,6 +238,10 @@ fn map_parts(borrowed: &mut Borrowed, pid: i32, mapping: &Mapping) -> Result<(),
         libc::SYS_memfd_create,
         [name.0, u64::from(libc::MFD_CLOEXEC), 0, 0, 0, 0],
     )?;
+    // Later it could only be had with more capabilities.
+    *kept = File::open(format!("/proc/{pid}/fd/{fd}"))
+        .inspect_err(|error| tracing::warn!(pid, %error, "the counters cannot be kept"))
+        .ok();
     let shared = libc::MAP_SHARED | libc::MAP_FIXED;
     let mapped = call(
         borrowed,

@@ -7,7 +7,9 @@ use ptrace_shim::{Address, Memory, Process};
 
 use super::commit::{Direction, at_a_safe_moment};
 use super::{ApplyError, Limits, disturbance, nanoseconds, on_tracer_thread, open, prove};
+use crate::elf::hex;
 use crate::manifest::{Present, WindowRecord};
+use crate::refused::Refused;
 use crate::report::RevertReceipt;
 
 /// Reverts `callee` in the worker that `present` was read from.
@@ -31,16 +33,15 @@ pub fn revert(
         disturbed: Vec::new(),
     };
     let windows = windows(present, callee);
+    let foreign = foreign(present, callee);
     let open_gate = manifest
         .grafts
         .iter()
         .zip(&present.gates)
         .any(|(g, on)| *on && g.callee == callee);
     if windows.is_empty() && !open_gate {
-        return Ok(RevertReceipt {
-            nothing: true,
-            ..receipt
-        });
+        receipt.nothing = foreign.is_none();
+        return Ok(told(receipt, foreign.as_ref()));
     }
     on_tracer_thread(|| {
         let process = open(manifest.pid, manifest.start_time)?;
@@ -51,7 +52,7 @@ pub fn revert(
             memory.write(Address(manifest.gate(graft)), &[0])?;
         }
         if windows.is_empty() {
-            return Ok(receipt);
+            return Ok(told(receipt, foreign.as_ref()));
         }
         match restore(&process, &windows, limits) {
             Ok(stop) => {
@@ -71,8 +72,50 @@ pub fn revert(
             }
             Err(other) => return Err(other),
         }
-        Ok(receipt)
+        Ok(told(receipt, foreign.as_ref()))
     })
+}
+
+/// Windows that somebody else has written to stay as they are; with the gate
+/// off they lead to the RPC, if what is left of them is ours.
+fn told(mut receipt: RevertReceipt, foreign: Option<&Refused>) -> RevertReceipt {
+    if let (true, Some(foreign)) = (receipt.restored, foreign) {
+        receipt.restored = false;
+        receipt.reason = Some(foreign.to_string());
+    }
+    receipt
+}
+
+/// The first window that should be restored and holds neither the library's
+/// bytes nor ours.
+fn foreign(present: &Present, callee: &str) -> Option<Refused> {
+    let manifest = &present.manifest;
+    let others = open_edges(present, callee);
+    let mine = |w: &WindowRecord| match w.entry {
+        true => others.is_empty(),
+        false => w.passed_by(callee) && !others.iter().any(|other| w.passed_by(other)),
+    };
+    let windows = &manifest.windows;
+    let index = (0..windows.len()).find(|&i| {
+        let live = &present.live[i];
+        let known = [&windows[i].before, &windows[i].after].contains(&live);
+        mine(&windows[i]) && !present.is_gone(i) && !known
+    })?;
+    let window = &windows[index];
+    Some(Refused::ForeignBytes {
+        at: window.address,
+        expected: hex(&window.after),
+        found: hex(&present.live[index]),
+    })
+}
+
+/// The edges that run fused beside this one.
+fn open_edges<'a>(present: &'a Present, callee: &str) -> Vec<&'a str> {
+    let grafts = present.manifest.grafts.iter().zip(&present.gates);
+    grafts
+        .filter(|(g, on)| **on && !g.replaced && g.callee != callee)
+        .map(|(g, _)| g.callee.as_str())
+        .collect()
 }
 
 fn restore(
@@ -100,13 +143,7 @@ fn restore(
 fn windows(present: &Present, callee: &str) -> Vec<WindowRecord> {
     let manifest = &present.manifest;
     let in_place = |index: &usize| present.in_place(*index);
-    let open: Vec<&str> = manifest
-        .grafts
-        .iter()
-        .zip(&present.gates)
-        .filter(|(g, on)| **on && !g.replaced && g.callee != callee)
-        .map(|(g, _)| g.callee.as_str())
-        .collect();
+    let open = open_edges(present, callee);
     let needed = |w: &WindowRecord| open.iter().any(|other| w.passed_by(other));
     let all: Vec<usize> = (0..manifest.windows.len()).filter(in_place).collect();
     let mut out: Vec<WindowRecord> = all

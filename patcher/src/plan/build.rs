@@ -16,6 +16,7 @@ use crate::elf::{Image, hex};
 use crate::load;
 use crate::manifest::{GraftRecord, Manifest, Present, WindowRecord};
 use crate::refused::Refused;
+use crate::room::AddressRoom;
 use crate::snapshot::{Module, Worker};
 
 /// What a plan is made of.
@@ -36,6 +37,8 @@ pub struct Input<'a> {
     pub bridge: &'a Image,
     /// Bytes left below the worker's memory limit, where there is one.
     pub memory_room: Option<u64>,
+    /// What the caller's limits of address space leave.
+    pub address_room: AddressRoom,
     /// The caller's worker's own `invoke_func`, live, or why it is not known.
     pub invoke: &'a Result<u64, Refused>,
     /// The caller's worker, as it is now.

@@ -21,6 +21,7 @@ use crate::code::{CodeMap, ImageAddress, Tail, Window, WindowKind};
 use crate::elf::hex;
 use crate::manifest::{Manifest, Region, WindowRecord};
 use crate::refused::Refused;
+use crate::room;
 use crate::snapshot::{Map, Module};
 
 const PAGE: u64 = 4096;
@@ -72,13 +73,11 @@ pub(super) fn complete(
     if !plan.already {
         plan.stores.extend(tables(&plan.manifest));
     }
-    match input.memory_room {
-        Some(room) if plan.resident_bytes() > room => Err(Refused::MemoryLimit {
-            bytes: plan.resident_bytes(),
-            room,
-        }),
-        _ => Ok(()),
+    if plan.mapped_bytes() == 0 {
+        return Ok(());
     }
+    (input.address_room).is_enough(plan.mapped_bytes(), plan.writable_bytes())?;
+    room::fits(plan.resident_bytes(), input.memory_room)
 }
 
 /// The bridge's table of names, and where RPCs go on behind the routine's

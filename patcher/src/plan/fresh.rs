@@ -25,6 +25,7 @@ use crate::load::interpose::{self, module_at};
 use crate::load::{self, Given, GivenTls, Loaded, Meaning, Place, Scope};
 use crate::manifest::{BridgeAddresses, GraftRecord, Manifest, Region, WindowRecord};
 use crate::refused::Refused;
+use crate::room;
 use crate::snapshot::Worker;
 
 const PAGE: u64 = 4096;
@@ -624,13 +625,9 @@ impl Draft<'_> {
             ..base(input, manifest)
         };
         plan.manifest.encode()?;
-        match input.memory_room {
-            Some(room) if plan.resident_bytes() > room => Err(Refused::MemoryLimit {
-                bytes: plan.resident_bytes(),
-                room,
-            }),
-            _ => Ok(plan),
-        }
+        (input.address_room).is_enough(plan.mapped_bytes(), plan.writable_bytes())?;
+        room::fits(plan.resident_bytes(), input.memory_room)?;
+        Ok(plan)
     }
 
     /// The place in the table of grafts: the older image's, or a new one.

@@ -156,6 +156,16 @@ impl PatchPlan {
         self.mappings().map(|m| m.reservation.len).sum()
     }
 
+    /// Bytes of private writable memory that are mapped.
+    #[must_use]
+    pub fn writable_bytes(&self) -> u64 {
+        let parts = self.mappings().flat_map(|m| &m.parts);
+        parts
+            .filter(|p| p.access == Access::ReadWrite)
+            .map(|p| p.len)
+            .sum()
+    }
+
     /// All that is mapped.
     pub fn mappings(&self) -> impl Iterator<Item = &Mapping> {
         self.mapping.iter().chain(&self.islands)

@@ -162,7 +162,7 @@ fn read_error(pid: i32, what: String, source: std::io::Error) -> SnapshotError {
 }
 
 /// One line of `/proc/PID/maps`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Map {
     /// First address.
     pub start: u64,

@@ -56,6 +56,30 @@ pub(crate) fn pidfd_open(pid: i32) -> Result<OwnedFd, Errno> {
     }
 }
 
+/// How the process of a pidfd ended, as of `wait`; `None` if it has not, was
+/// not reaped yet, or the kernel (before 6.15) does not tell.
+pub(crate) fn pidfd_exit(pidfd: BorrowedFd<'_>) -> Option<i32> {
+    /// The first version of `struct pidfd_info` (linux/pidfd.h).
+    #[repr(C)]
+    #[derive(Default)]
+    struct Info {
+        mask: u64,
+        cgroup: u64,
+        ids: [u32; 11],
+        exit_code: i32,
+    }
+    const PIDFD_GET_INFO: libc::c_ulong = 0xc040_ff0b;
+    const EXIT: u64 = 1 << 3;
+    let mut info = Info {
+        mask: EXIT,
+        ..Info::default()
+    };
+    // SAFETY: the structure is of the size that the request's number states.
+    let result =
+        Errno::result(unsafe { libc::ioctl(pidfd.as_raw_fd(), PIDFD_GET_INFO, &raw mut info) });
+    (result.is_ok() && info.mask & EXIT != 0).then_some(info.exit_code)
+}
+
 /// Sends a signal to one thread.
 pub(crate) fn tgkill(pid: i32, tid: i32, signal: i32) -> Result<(), Errno> {
     // SAFETY: three numbers.

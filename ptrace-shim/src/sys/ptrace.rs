@@ -5,6 +5,7 @@
 //! `interrupt`) or has died.
 
 use super::step;
+use crate::seccomp::Instruction;
 use crate::{Registers, Tid};
 use nix::errno::Errno;
 use std::mem::{MaybeUninit, size_of};
@@ -19,7 +20,9 @@ const PTRACE_SETREGSET: libc::c_uint = 0x4205;
 const PTRACE_PEEKSIGINFO: libc::c_uint = 0x4209;
 const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
 const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;
+const PTRACE_SECCOMP_GET_FILTER: libc::c_uint = 0x420c;
 const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
+const PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: libc::c_uint = 0x4211;
 
 /// What a thread is seized with.
 ///
@@ -225,6 +228,59 @@ pub(crate) fn rseq_address(tid: Tid) -> Result<Option<u64>, Errno> {
     };
     match result {
         Ok(_) => Ok((configuration.address != 0).then_some(configuration.address)),
+        Err(Errno::EIO | Errno::EINVAL) => Ok(None),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Reads one of the thread's seccomp filters, counted from the one that was
+/// added last. EACCES: we may not (see [`crate::seccomp`]).
+pub(crate) fn seccomp_filter(tid: Tid, index: u32) -> Result<Vec<Instruction>, Errno> {
+    /// `BPF_MAXINSNS`: no filter is longer.
+    const LONGEST: usize = 4096;
+    let mut program = vec![Instruction::default(); LONGEST];
+    // SAFETY: address is a number, and data has room for the longest filter;
+    // its instructions have the layout of `sock_filter`. (To ask for the length
+    // first would not do: a thread that runs may add filters to all of them.)
+    let length = unsafe {
+        request(
+            PTRACE_SECCOMP_GET_FILTER,
+            tid,
+            without_provenance_mut(index as usize),
+            program.as_mut_ptr().cast(),
+        )
+    }?;
+    program.truncate(usize::try_from(length).unwrap_or(0));
+    Ok(program)
+}
+
+/// Where calls are *not* dispatched to user code, as start and length, if the
+/// thread has syscall user dispatch on. `None` also where the kernel (before
+/// 6.4) can't tell.
+pub(crate) fn user_dispatch(tid: Tid) -> Result<Option<(u64, u64)>, Errno> {
+    /// `struct ptrace_sud_config`
+    #[repr(C)]
+    #[derive(Default)]
+    struct Configuration {
+        mode: u64,
+        selector: u64,
+        offset: u64,
+        length: u64,
+    }
+    let mut configuration = Configuration::default();
+    // SAFETY: address is the size of the structure that data points to.
+    let result = unsafe {
+        request(
+            PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG,
+            tid,
+            without_provenance_mut(size_of::<Configuration>()),
+            (&raw mut configuration).cast(),
+        )
+    };
+    match result {
+        Ok(_) => {
+            Ok((configuration.mode != 0).then_some((configuration.offset, configuration.length)))
+        }
         Err(Errno::EIO | Errno::EINVAL) => Ok(None),
         Err(errno) => Err(errno),
     }

@@ -50,11 +50,12 @@ impl Runtime for Embedded {
         let cgroup = Cgroup::create(&spec.id, spec.memory_limit).context("cgroup")?;
         let (mut ours, mut theirs) = UnixStream::pair()?;
         ours.set_read_timeout(Some(ENTER_WITHIN))?;
-        let namespaces = CloneFlags::CLONE_NEWNS
+        let mut namespaces = CloneFlags::CLONE_NEWNS
             | CloneFlags::CLONE_NEWPID
             | CloneFlags::CLONE_NEWNET
             | CloneFlags::CLONE_NEWIPC
             | CloneFlags::CLONE_NEWUTS;
+        namespaces.set(CloneFlags::CLONE_NEWUSER, spec.oddities.user_namespace);
         let init = match fork_into(namespaces).context("cannot make namespaces (are we root?)")? {
             Side::Parent(pid) => pid,
             Side::Child => {
@@ -75,6 +76,11 @@ impl Runtime for Embedded {
             _cgroup: cgroup,
         };
         running._cgroup.add(init).context("cgroup")?;
+        if spec.oddities.user_namespace {
+            for map in ["uid_map", "gid_map"] {
+                fs::write(format!("/proc/{init}/{map}"), "0 0 65536").context(map)?;
+            }
+        }
         ours.write_all(b"g")?;
         // Closed by the exec: an empty answer is success.
         let mut error = String::new();

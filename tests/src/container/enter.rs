@@ -63,6 +63,9 @@ pub(super) fn become_container(spec: &ContainerSpec, root: &Path) -> Result<()> 
     process::loopback_up().context("loopback")?;
     take_streams(spec).context("standard streams")?;
     mounts(spec, root).context("mounts")?;
+    if spec.oddities.no_proc {
+        umount2("/proc", MntFlags::MNT_DETACH).context("/proc")?;
+    }
     process::keep_capabilities(&CAPABILITIES).context("capabilities")?;
     process::no_new_privileges()?;
     process::close_on_exec_from(3)?;
@@ -151,6 +154,10 @@ fn mounts(spec: &ContainerSpec, root: &Path) -> Result<()> {
         Some("mode=1777,size=64m"),
     )?;
 
+    // While another one is visible: in a user namespace of its own that is a
+    // condition.
+    fresh("proc", &root.join("proc"), secure, None)?;
+
     // The new root over the old one, and then the old one goes.
     chdir(root)?;
     pivot_root(".", ".").context("pivot_root")?;
@@ -158,7 +165,6 @@ fn mounts(spec: &ContainerSpec, root: &Path) -> Result<()> {
     chdir("/")?;
     read_only(Path::new("/"))?;
 
-    fresh("proc", Path::new("/proc"), secure, None)?;
     for path in READ_ONLY.map(Path::new).into_iter().filter(|p| p.exists()) {
         bind(path, path)?;
         read_only(path)?;

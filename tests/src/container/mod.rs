@@ -49,6 +49,15 @@ pub enum RuntimeKind {
     Docker,
 }
 
+/// In what a container differs from the usual.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Oddities {
+    /// It has a user namespace of its own, in which root is root outside too.
+    pub user_namespace: bool,
+    /// There is no `/proc` in it.
+    pub no_proc: bool,
+}
+
 /// What a container is to be.
 #[derive(Clone, Debug)]
 pub struct ContainerSpec {
@@ -70,6 +79,8 @@ pub struct ContainerSpec {
     pub env: Vec<(String, String)>,
     /// Limit of its memory, in bytes.
     pub memory_limit: Option<u64>,
+    /// In what it differs from the usual; Docker's know nothing of it.
+    pub oddities: Oddities,
     /// Processors that it is confined to; empty for all.
     pub cpus: Vec<usize>,
 }

@@ -21,7 +21,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::container::RuntimeKind;
+use crate::container::{Oddities, RuntimeKind};
 
 /// What a node is to be. See [`crate::NodeSpec`], from which it is made.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -65,6 +65,8 @@ pub struct KeeperFunction {
     pub max_workers: u16,
     /// Limit of its container's memory, in bytes.
     pub memory_limit: Option<u64>,
+    /// In what its container differs from the usual.
+    pub oddities: Oddities,
 }
 
 /// What the keeper can be asked.

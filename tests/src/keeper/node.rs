@@ -168,6 +168,7 @@ impl Node {
             ],
             env,
             memory_limit: function.memory_limit,
+            oddities: function.oddities,
             cpus: self.spec.cpus.clone(),
         })?;
         Ok(Deployed {

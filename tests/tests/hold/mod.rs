@@ -4,18 +4,19 @@
 //! SIGSTOP leaves it stopped right there, untraced, so that the agent can do
 //! its work. All of it must happen on one thread, as tracing does.
 
+mod request;
+
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
-use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use nightgraft_testbed::{CallError, Node, until};
+use nightgraft_testbed::until;
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
+pub(crate) use request::Request;
 
 const WITHIN: Duration = Duration::from_secs(10);
 const INT3: u8 = 0xcc;
@@ -160,32 +161,4 @@ pub(crate) fn instruction_pointer(pid: i32) -> Result<u64> {
         bail!("{pid} is in a system call: {text}")
     };
     Ok(u64::from_str_radix(at.trim_start_matches("0x"), 16)?)
-}
-
-/// A request under way.
-pub(crate) struct Request {
-    thread: JoinHandle<Result<Vec<u8>, CallError>>,
-    question: Arc<str>,
-}
-
-impl Request {
-    pub(crate) fn send(node: &Node, function: &str, question: &str) -> Result<Self> {
-        let question: Arc<str> = question.into();
-        let mut client = node.client()?;
-        client.set_timeout(Duration::from_secs(30))?;
-        let (function, input) = (function.to_owned(), Arc::clone(&question));
-        let thread = std::thread::spawn(move || client.call(&function, input.as_bytes()));
-        Ok(Self { thread, question })
-    }
-
-    pub(crate) fn is_answered(&self) -> bool {
-        self.thread.is_finished()
-    }
-
-    pub(crate) fn answer(self) -> Result<Vec<u8>> {
-        match self.thread.join() {
-            Ok(answer) => answer.with_context(|| format!("no answer to {:?}", self.question)),
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
-    }
 }

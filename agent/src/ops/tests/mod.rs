@@ -1,6 +1,7 @@
 //! The operations against a patcher that touches nothing.
 
 mod patch;
+mod quarantine;
 mod read;
 mod revert;
 
@@ -23,6 +24,7 @@ struct Bench {
     grafter: FakeGrafter,
     clock: FakeClock,
     policy: Policy,
+    watch: Watch,
 }
 
 fn bench(foo: [FakeWorker; 2]) -> Bench {
@@ -32,6 +34,7 @@ fn bench(foo: [FakeWorker; 2]) -> Bench {
         grafter: FakeGrafter::new([(11, first), (12, second), (21, living(&[]))]),
         clock: FakeClock::new(),
         policy: Policy::default(),
+        watch: Watch::default(),
     }
 }
 
@@ -70,6 +73,7 @@ impl Bench {
             clock: &self.clock,
             proc_root: &root,
             policy: &self.policy,
+            watch: &self.watch,
         };
         act(&context, &scan(&root).unwrap())
     }

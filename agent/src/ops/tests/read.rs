@@ -11,6 +11,7 @@ fn explain_plans_and_touches_nothing() {
         clock: &bench.clock,
         proc_root: &root,
         policy: &bench.policy,
+        watch: &Watch::default(),
     };
     let plan = explain(&context, &scan(&root).unwrap(), &edge("foo", "BAR")).unwrap();
     assert_eq!(plan.text, "map Bar of 21 into 11");
@@ -31,6 +32,7 @@ fn explain_tells_of_workers_of_different_builds() {
         clock: &bench.clock,
         proc_root: &root,
         policy: &bench.policy,
+        watch: &Watch::default(),
     };
     let plan = explain(&context, &scan(&root).unwrap(), &edge("Foo", "Bar")).unwrap();
     let builds = format!("{}, other", "ab".repeat(20));
@@ -60,6 +62,7 @@ fn status_sums_over_an_edge_s_workers() {
         clock: &bench.clock,
         proc_root: &root,
         policy: &bench.policy,
+        watch: &Watch::default(),
     };
     let status = status(&context, scan(&root).unwrap());
     let [edge] = status.edges.as_slice() else {
@@ -89,6 +92,7 @@ fn ps_shows_what_is_fused_and_leaves_out_the_dead() {
         clock: &bench.clock,
         proc_root: &root,
         policy: &bench.policy,
+        watch: &Watch::default(),
     };
     let names = [(
         "c".repeat(64),

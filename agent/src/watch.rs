@@ -1,0 +1,276 @@
+//! Watching fused workers to their end.
+//!
+//! ```text
+//!  patched ──► held: pidfd, counters ──(it ends)──► what ran? ──┬─ nothing: forgotten
+//!                                                               ├─ ended from outside: logged
+//!                                                               └─ a callee: quarantined,
+//!                                                                  gates off in all workers
+//! ```
+//!
+//! One thread waits for all pidfds. It turns gates off itself, which stops
+//! nobody and takes microseconds: the driver may be watching a canary for a
+//! minute. A patch under way looks at the quarantine again when it is through.
+//!
+//! The innermost callee that ran is the one, as what it was called from waited;
+//! and all whose initialisers ran, which they do on threads of their own.
+
+use std::collections::HashSet;
+use std::os::fd::AsFd as _;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use nightgraft_patcher::held::{Ended, Held};
+use nightgraft_patcher::manifest::InFlight;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::api::Quarantined;
+use crate::discover::{Node, ProcRoot, Worker, scan_within};
+use crate::grafter::{GraftError, Grafter, Target};
+use crate::quarantine::Quarantine;
+
+/// How long the search for workers may take; it takes milliseconds.
+const SCAN_LIMIT: Duration = Duration::from_secs(20);
+
+/// The watch, as requests see it.
+#[derive(Debug, Default)]
+pub struct Watch {
+    /// What was found.
+    pub quarantine: Quarantine,
+    queue: Option<(Mutex<Sender<Watched>>, EventFd)>,
+    known: Mutex<HashSet<(i32, u64)>>,
+}
+
+/// One worker.
+#[derive(Debug)]
+struct Watched {
+    held: Held,
+    caller: String,
+    engine: Option<i32>,
+}
+
+impl Watch {
+    /// Takes over what another agent has left, and starts the thread.
+    ///
+    /// # Errors
+    /// When the system gives no thread or descriptor.
+    pub fn start(
+        quarantine: Quarantine,
+        grafter: Arc<dyn Grafter>,
+        proc_root: ProcRoot,
+    ) -> std::io::Result<Arc<Self>> {
+        let (queue, arrivals) = channel();
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let watch = Arc::new(Self {
+            quarantine,
+            queue: Some((Mutex::new(queue), EventFd::from_value_and_flags(0, flags)?)),
+            known: Mutex::default(),
+        });
+        match scan_within(&proc_root, SCAN_LIMIT) {
+            Ok(node) => watch.adopt(&*grafter, &node),
+            Err(error) => tracing::warn!(%error, "what is fused already is not watched"),
+        }
+        let own = Arc::clone(&watch);
+        std::thread::Builder::new()
+            .name("watch".to_owned())
+            .spawn(move || run(&own, &arrivals, &*grafter, &proc_root))?;
+        Ok(watch)
+    }
+
+    /// Watches a worker from here on, if anything is fused in it.
+    pub fn track(&self, grafter: &dyn Grafter, target: &Target, caller: &str, engine: Option<i32>) {
+        let Some((queue, wake)) = &self.queue else {
+            return;
+        };
+        let key = (target.pid, target.start_time);
+        if !self.known().insert(key) {
+            return;
+        }
+        match grafter.hold(target) {
+            Ok(Some(held)) => {
+                if !held.sees_calls() {
+                    tracing::warn!(
+                        pid = target.pid,
+                        "its counters can't be held (that takes CAP_CHECKPOINT_RESTORE where \
+                         another agent patched it): if it dies it can't be told of what"
+                    );
+                }
+                let watched = Watched {
+                    held,
+                    caller: caller.to_owned(),
+                    engine,
+                };
+                let queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
+                if queue.send(watched).is_ok() {
+                    let _ = wake.write(1);
+                    return;
+                }
+            }
+            Ok(None) | Err(GraftError::WorkerGone { .. }) => {}
+            Err(error) => tracing::warn!(pid = target.pid, %error, "can't be watched"),
+        }
+        self.known().remove(&key);
+    }
+
+    fn known(&self) -> std::sync::MutexGuard<'_, HashSet<(i32, u64)>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What another agent has left: workers to be watched, and gates that it may
+    /// not have come to.
+    fn adopt(&self, grafter: &dyn Grafter, node: &Node) {
+        for function in &node.functions {
+            for target in function.workers.iter().filter_map(Worker::target) {
+                self.track(grafter, &target, &function.label(), function.engine);
+            }
+        }
+        for edge in self.quarantine.all() {
+            close(grafter, node, &edge);
+        }
+    }
+}
+
+fn run(watch: &Watch, arrivals: &Receiver<Watched>, grafter: &dyn Grafter, proc_root: &ProcRoot) {
+    let Some((_, wake)) = &watch.queue else {
+        return;
+    };
+    let mut all: Vec<Watched> = Vec::new();
+    loop {
+        let mut fds = vec![PollFd::new(wake.as_fd(), PollFlags::POLLIN)];
+        let pidfds: Vec<_> = all.iter().map(|watched| watched.held.pidfd()).collect();
+        let of = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        fds.extend(pidfds.iter().map(|fd| of(fd.as_fd())));
+        if let Err(error) = poll(&mut fds, PollTimeout::NONE)
+            && error != nix::errno::Errno::EINTR
+        {
+            tracing::error!(%error, "workers are watched no more");
+            return;
+        }
+        let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
+        drop(pidfds);
+        let mut ended = ready[1..].iter();
+        let (dead, alive) = all
+            .into_iter()
+            .partition(|_| ended.next().copied().unwrap_or(false));
+        all = alive;
+        if ready[0] {
+            let _ = wake.read();
+            all.extend(arrivals.try_iter());
+        }
+        let dead: Vec<Watched> = dead;
+        for one in dead {
+            watch
+                .known()
+                .remove(&(one.held.pid(), one.held.start_time()));
+            bury(watch, &one, grafter, proc_root);
+        }
+    }
+}
+
+/// What is to be done about a worker that has ended.
+fn bury(watch: &Watch, one: &Watched, grafter: &dyn Grafter, proc_root: &ProcRoot) {
+    let (pid, caller) = (one.held.pid(), &one.caller);
+    let Ended {
+        end,
+        in_flight,
+        from_outside,
+    } = one.held.ended();
+    let Some(in_flight) = in_flight else {
+        tracing::warn!(pid, caller, %end, "a fused worker has ended; what ran in it is not known");
+        return;
+    };
+    let all: Vec<String> = in_flight.iter().map(|one| one.callee.clone()).collect();
+    let suspects = suspects(in_flight);
+    if suspects.is_empty() {
+        tracing::info!(pid, caller, %end, "a fused worker has ended, and no callee ran in it");
+    }
+    for (callee, what) in suspects {
+        if from_outside {
+            tracing::warn!(
+                pid, caller, callee, %end,
+                "a fused worker was ended from outside while {what}: not quarantined"
+            );
+            continue;
+        }
+        let edge = Quarantined {
+            caller: caller.clone(),
+            callee,
+            engine: one.engine,
+            pid,
+            how: format!("{end} while {what}"),
+            in_flight: all.clone(),
+            since: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| since.as_secs()),
+        };
+        tracing::error!(
+            pid,
+            caller,
+            callee = edge.callee,
+            how = edge.how,
+            "quarantined: it is not fused again until `agentctl unquarantine`"
+        );
+        watch.quarantine.add(edge.clone());
+        match scan_within(proc_root, SCAN_LIMIT) {
+            Ok(node) => close(grafter, &node, &edge),
+            Err(error) => tracing::error!(%error, "its gates in other workers are still on"),
+        }
+    }
+}
+
+/// Whose code a death may be due to: the innermost call's, as those around it
+/// waited; and all that were being initialised, on threads of their own.
+fn suspects(in_flight: Vec<InFlight>) -> Vec<(String, &'static str)> {
+    let (starting, mut calls): (Vec<_>, Vec<_>) =
+        in_flight.into_iter().partition(|one| one.initialising);
+    let call = calls.pop().map(|one| (one.callee, "a call of it ran"));
+    let starting = starting
+        .into_iter()
+        .map(|one| (one.callee, "its initialisers ran"));
+    call.into_iter().chain(starting).collect()
+}
+
+/// Turns an edge's gates off in all workers of its caller.
+fn close(grafter: &dyn Grafter, node: &Node, edge: &Quarantined) {
+    for function in &node.functions {
+        if function.label() != edge.caller || function.engine != edge.engine {
+            continue;
+        }
+        for target in function.workers.iter().filter_map(Worker::target) {
+            match grafter.status(&target) {
+                Ok(Some(status)) if status.grafts.iter().any(|g| g.callee == edge.callee) => {}
+                _ => continue,
+            }
+            match grafter.set_gate(&target, &edge.callee, false) {
+                Ok(()) => tracing::warn!(pid = target.pid, callee = edge.callee, "gate off"),
+                Err(GraftError::WorkerGone { .. }) => {}
+                Err(error) => {
+                    tracing::error!(pid = target.pid, callee = edge.callee, %error, "its gate is still on");
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_innermost_call_and_whoever_starts_are_suspected() {
+        let one = |callee: &str, initialising| InFlight {
+            callee: callee.to_owned(),
+            initialising,
+        };
+        let all = vec![one("Bar", false), one("Qux", true), one("Bar/Baz", false)];
+        assert_eq!(
+            suspects(all),
+            [
+                ("Bar/Baz".to_owned(), "a call of it ran"),
+                ("Qux".to_owned(), "its initialisers ran")
+            ]
+        );
+        assert_eq!(suspects(Vec::new()), []);
+    }
+}
