@@ -1,0 +1,323 @@
+//! What is tried: the whole way of a patch, under load, with agents that die
+//! in the middle of it; the same natively and in a guest.
+//!
+//! ```text
+//! node with two workers each of Foo and Bar, load
+//!   patch: all calls fused ─ revert: none ─ patch again
+//!   agents killed while they patch and revert; the next one finds its way
+//! no request failed, no answer wrong, every worker still the same process
+//! ```
+//!
+//! Where nobody may trace (Yama's scope 3) the agent must say just that, and
+//! the workers must be as they were.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nightgraft_testbed::fixtures::{self, Compiler};
+use nightgraft_testbed::load::{Load, LoadSpec, Random};
+use nightgraft_testbed::{Agent, FunctionSpec, Node, NodeSpec, bin};
+use serde_json::{Value, json};
+
+use crate::probes::Probes;
+use crate::verdict::Verdict;
+
+/// Of the node, on an emulated processor.
+const START_WITHIN: Duration = Duration::from_secs(120);
+/// For what takes an instant where it works.
+const SOON: Duration = Duration::from_secs(60);
+/// Agents that die.
+const DEATHS: usize = 4;
+/// Connections of the load: as many as Foo has workers, and one to wait.
+const CONNECTIONS: usize = 3;
+/// What the agent says where nobody may trace.
+const TRACING_FORBIDDEN: &str = "tracing-forbidden";
+
+/// How the trial runs.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Where the functions' libraries are; else they are compiled.
+    pub functions: Option<PathBuf>,
+    /// Containers with overlay roots.
+    pub overlay: bool,
+    /// ptrace-shim's tests, to be run as well.
+    pub stops: Option<PathBuf>,
+}
+
+/// Runs it, and says what came of it.
+pub fn run(options: &Options) -> Verdict {
+    let since = Instant::now();
+    let probes = Probes::read();
+    println!("found: {probes:?}");
+    let result = if probes.yama == Some(3) {
+        refused(options).map(|()| json!({"outcome": TRACING_FORBIDDEN}))
+    } else {
+        patched(options)
+    };
+    let (error, seen) = match result {
+        Ok(seen) => (None, seen),
+        Err(error) => (Some(format!("{error:#}")), Value::Null),
+    };
+    Verdict {
+        kernel: probes.kernel.clone(),
+        passed: error.is_none(),
+        error,
+        seen: json!({"found": probes, "trial": seen}),
+        seconds: since.elapsed().as_secs(),
+    }
+}
+
+/// Says how far the trial is; on a console that is all there is to see.
+fn step(what: &str, since: Instant) {
+    println!("{:6.1} s: {what}", since.elapsed().as_secs_f64());
+}
+
+fn library(options: &Options, stem: &str) -> Result<PathBuf> {
+    match &options.functions {
+        Some(folder) => Ok(folder.join(format!("lib{stem}.so"))),
+        None => fixtures::compile(&format!("{stem}.c"), Compiler::Gcc, &["-O2"]),
+    }
+}
+
+fn node(options: &Options) -> Result<Node> {
+    let mut spec = NodeSpec::new([
+        FunctionSpec::new("Foo", 1, library(options, "foo")?).workers(2, 2),
+        FunctionSpec::new("Bar", 2, library(options, "bar")?).workers(2, 2),
+    ]);
+    spec.start_within = START_WITHIN;
+    spec.overlay_roots = options.overlay;
+    Node::start(spec)
+}
+
+/// All workers' processes.
+fn workers(node: &Node) -> Result<Vec<i32>> {
+    let mut pids = Vec::new();
+    for function in ["Foo", "Bar"] {
+        pids.extend(node.workers(function)?.iter().map(|w| w.host_pid));
+    }
+    pids.sort_unstable();
+    ensure!(pids.len() == 4, "workers: {pids:?}");
+    Ok(pids)
+}
+
+/// No worker is left stopped or traced.
+fn untouched(node: &Node) -> Result<()> {
+    for worker in node.workers("Foo")? {
+        let status = |name: &str| {
+            let found = worker.status(name);
+            found.with_context(|| format!("worker {} is gone", worker.host_pid))
+        };
+        let (tracer, state) = (status("TracerPid")?, status("State")?);
+        ensure!(
+            tracer == "0" && !state.starts_with(['t', 'T']),
+            "worker {} is traced by {tracer}, state {state}",
+            worker.host_pid
+        );
+    }
+    Ok(())
+}
+
+fn load(node: &Node) -> Result<Load> {
+    let mut spec = LoadSpec::foo(node.http_port(), CONNECTIONS);
+    spec.timeout = SOON;
+    Load::start(&spec)
+}
+
+/// Waits until the load has got `more` answers, which is to say that requests
+/// are served.
+fn served(load: &Load, more: u64) -> Result<()> {
+    let deadline = Instant::now() + SOON;
+    let before = load.snapshot().requests();
+    while load.snapshot().requests() < before + more {
+        ensure!(
+            Instant::now() < deadline,
+            "requests are not served: {:?}",
+            load.snapshot()
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// What the counters say of Foo → Bar: calls fused, calls by RPC.
+fn counted(agent: &Agent, node: &Node) -> Result<(u64, u64)> {
+    let status = agent.edge_status(node, "Foo", "Bar")?;
+    let number = |name: &str| {
+        let value = status["totals"][name].as_u64();
+        value.with_context(|| format!("no {name} in {status}"))
+    };
+    Ok((number("fused_calls")?, number("rpc_calls")?))
+}
+
+/// Whether, under load, all calls of `more` requests run fused. Calls that were
+/// in flight when the gate was turned may have gone the other way: they are
+/// over when that many requests are.
+fn all_fused(agent: &Agent, node: &Node, load: &Load) -> Result<u64> {
+    agent.warm_up(node, "Foo", "Bar")?;
+    served(load, 2 * CONNECTIONS as u64)?;
+    let (fused, rpc) = counted(agent, node)?;
+    served(load, 20)?;
+    let (fused_now, rpc_now) = counted(agent, node)?;
+    ensure!(
+        fused_now >= fused + 10,
+        "{} calls ran fused in 20 requests",
+        fused_now - fused
+    );
+    ensure!(
+        rpc_now == rpc,
+        "{} calls took the RPC while the edge was fused",
+        rpc_now - rpc
+    );
+    Ok(fused_now - fused)
+}
+
+fn none_fused(agent: &Agent, node: &Node, load: &Load) -> Result<()> {
+    served(load, 2 * CONNECTIONS as u64)?;
+    let before = agent.fused_calls(node, "Foo", "Bar")?;
+    served(load, 20)?;
+    let after = agent.fused_calls(node, "Foo", "Bar")?;
+    ensure!(
+        before == after,
+        "{} calls ran fused after the revert",
+        after - before
+    );
+    Ok(())
+}
+
+fn patched(options: &Options) -> Result<Value> {
+    let since = Instant::now();
+    if let Some(program) = &options.stops {
+        stops(program)?;
+        step("ptrace-shim's tests passed", since);
+    }
+    let node = node(options)?;
+    let pids = workers(&node)?;
+    step("the node serves", since);
+    let load = load(&node)?;
+    served(&load, 20)?;
+
+    let mut agent = Agent::start()?;
+    step("the agent answers", since);
+    let result = cycle(&node, &load, &mut agent, since)
+        .with_context(|| format!("{:?}; the agent: {}", load.snapshot(), agent.log()));
+    let seen = match result {
+        Ok(seen) => seen,
+        Err(error) => return Err(error.context(node.all_logs())),
+    };
+    let report = load.stop();
+    report.all_correct()?;
+    ensure!(workers(&node)? == pids, "not the same workers any more");
+    untouched(&node)?;
+    node.stop()?;
+    step("done", since);
+    Ok(json!({
+        "outcome": "patched",
+        "requests": report.requests(),
+        "failed": report.failed,
+        "wrong": report.wrong,
+        "patches": seen,
+    }))
+}
+
+fn cycle(node: &Node, load: &Load, agent: &mut Agent, since: Instant) -> Result<Value> {
+    let mut seen = Vec::new();
+    for round in ["patched", "patched again"] {
+        let patch = agent.patch(node, "Foo", "Bar")?;
+        step(round, since);
+        let calls = all_fused(agent, node, load)?;
+        step("all calls are fused", since);
+        seen.push(json!({
+            "stops_ns": patch["workers"][0]["receipt"]["stops_ns"],
+            "commit_stop_ns": patch["workers"][0]["receipt"]["commit_stop_ns"],
+            "fused_calls": calls,
+        }));
+        agent.revert(node, "Foo", "Bar")?;
+        none_fused(agent, node, load)?;
+        step("reverted", since);
+        untouched(node)?;
+    }
+    deaths(node, load, agent, since)?;
+    Ok(Value::Array(seen))
+}
+
+/// Agents are killed while they patch and revert, at moments spread over the
+/// time that it takes.
+fn deaths(node: &Node, load: &Load, agent: &mut Agent, since: Instant) -> Result<()> {
+    let mut random = Random::new(11);
+    let mut unfinished = 0;
+    let mut took = Duration::from_millis(200);
+    for death in 0..DEATHS {
+        let command = ["patch", "revert"][death % 2];
+        let mut child = Command::new(bin("agentctl")?)
+            .args([command, "Foo", "Bar", "--canary-wait", "0ms"])
+            .args(["--engine", &node.engine_pid().to_string()])
+            .env("NIGHTGRAFT_SOCKET", agent.socket())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        std::thread::sleep(took.mul_f64(0.2 + random.below(70) as f64 / 100.0));
+        agent.kill()?;
+        unfinished += usize::from(!child.wait()?.success());
+        *agent = Agent::start()?;
+        untouched(node)?;
+        served(load, CONNECTIONS as u64)?;
+        let began = Instant::now();
+        agent
+            .patch(node, "Foo", "Bar")
+            .with_context(|| format!("after death {death}, of a {command}"))?;
+        took = began.elapsed();
+        all_fused(agent, node, load)?;
+        if death % 2 == 1 {
+            agent.revert(node, "Foo", "Bar")?;
+        }
+        step(&format!("an agent was killed in its {command}"), since);
+    }
+    ensure!(unfinished > 0, "no agent died before it was done");
+    agent.revert(node, "Foo", "Bar")?;
+    none_fused(agent, node, load)
+}
+
+/// Nobody may trace: the agent says so and leaves everyone alone.
+fn refused(options: &Options) -> Result<()> {
+    let since = Instant::now();
+    let node = node(options)?;
+    let pids = workers(&node)?;
+    let load = load(&node)?;
+    served(&load, 20)?;
+    let maps = |pid: &i32| std::fs::read_to_string(format!("/proc/{pid}/maps"));
+    let before: Vec<String> = pids.iter().map(maps).collect::<Result<_, _>>()?;
+    let agent = Agent::start()?;
+    for command in ["explain", "patch"] {
+        let answer = agent.edge(&node, command, "Foo", "Bar")?;
+        let code = answer.error_code();
+        ensure!(
+            answer.code == 1 && code == TRACING_FORBIDDEN,
+            "{command} where nobody may trace: {answer:?}"
+        );
+        step(
+            &format!("{command} is refused: {}", answer.stdout.trim()),
+            since,
+        );
+    }
+    untouched(&node)?;
+    served(&load, 20)?;
+    load.stop().all_correct()?;
+    let after: Vec<String> = pids.iter().map(maps).collect::<Result<_, _>>()?;
+    ensure!(before == after, "the workers' mappings have changed");
+    ensure!(workers(&node)? == pids, "not the same workers any more");
+    node.stop()
+}
+
+/// ptrace-shim's own tests of stops, one after the other.
+fn stops(program: &std::path::Path) -> Result<()> {
+    let status = Command::new(program)
+        .args(["--test-threads", "1"])
+        .stdin(Stdio::null())
+        .status()
+        .with_context(|| format!("{} cannot be started", program.display()))?;
+    ensure!(status.success(), "ptrace-shim's tests: {status}");
+    Ok(())
+}
