@@ -95,9 +95,21 @@ pub enum Root {
     Overlay,
 }
 
+/// What is tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Trial {
+    /// The patch under load.
+    Patch,
+    /// ptrace-shim's tests of stops.
+    Stops,
+}
+
 /// The conditions of one boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Condition {
+    /// What is tried.
+    pub trial: Trial,
     /// The kernel.
     pub kernel: Series,
     /// Processors.
@@ -131,6 +143,7 @@ const ROOTS: [Root; 2] = [Root::Plain, Root::Overlay];
 impl Condition {
     fn at(row: &[usize]) -> Self {
         Self {
+            trial: Trial::Patch,
             kernel: Series::ALL[row[0]],
             cpus: CPUS[row[1]],
             processor: PROCESSORS[row[2]],
@@ -172,6 +185,37 @@ impl Condition {
         .collect()
     }
 
+    /// Conditions for ptrace-shim's tests. What they do depends on the kernel,
+    /// on how many processors there are, on what a signal frame holds and on
+    /// how code is written; control groups and roots are nothing to them.
+    pub fn stops(all: bool) -> Vec<Self> {
+        let of = |kernel, cpus, processor, forced| Self {
+            trial: Trial::Stops,
+            kernel,
+            cpus,
+            processor,
+            yama: 1,
+            hidepid: 0,
+            cgroups: Cgroups::V2,
+            forced,
+            root: Root::Plain,
+        };
+        use ForcedWrites::{Always, Never, Ptrace};
+        use Processor::{Max, NoXsave, Qemu64};
+        let mut chosen = vec![
+            of(Series::V6_1, 1, Qemu64, Always),
+            of(Series::V6_12, 4, Max, Never),
+        ];
+        if all {
+            chosen.extend([
+                of(Series::V6_1, 4, Max, Always),
+                of(Series::V6_12, 1, NoXsave, Ptrace),
+                of(Series::V6_12, 1, Max, Always),
+            ]);
+        }
+        chosen
+    }
+
     /// The words for the kernel's command line.
     pub fn command_line(&self) -> Result<String> {
         let mut words = vec![format!("{PREFIX}{}", serde_json::to_string(self)?)];
@@ -199,6 +243,10 @@ impl Condition {
 
 impl fmt::Display for Condition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let trial = match self.trial {
+            Trial::Patch => "patch",
+            Trial::Stops => "stops",
+        };
         let processor = match self.processor {
             Processor::Max => "max",
             Processor::NoXsave => "no-xsave",
@@ -219,7 +267,7 @@ impl fmt::Display for Condition {
         };
         write!(
             f,
-            "{} cpus={} cpu={processor} yama={} hidepid={} cgroups={cgroups} force={forced} root={root}",
+            "{trial} {} cpus={} cpu={processor} yama={} hidepid={} cgroups={cgroups} force={forced} root={root}",
             self.kernel.name(),
             self.cpus,
             self.yama,

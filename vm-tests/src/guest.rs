@@ -14,13 +14,13 @@ use nightgraft_testbed::sys::process;
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 
-use crate::conditions::{Cgroups, Condition, Root};
+use crate::conditions::{Cgroups, Condition, Root, Trial};
 use crate::initramfs::{FIXTURES, INSIDE, STOPS};
 use crate::verdict::Verdict;
 
 /// How long a trial may take before it is ended from inside, where its logs
 /// can still be had. The host's limit is longer.
-pub const TRIAL_WITHIN: Duration = Duration::from_secs(300);
+pub const TRIAL_WITHIN: Duration = Duration::from_secs(600);
 
 /// Does it all. Never returns: the kernel would panic.
 pub fn run() -> ! {
@@ -146,7 +146,6 @@ fn trial(condition: &Condition) -> Result<Verdict> {
     let mut command = Command::new(format!("{INSIDE}/vm_trial"));
     command
         .args(["--functions", &format!("{INSIDE}/{FIXTURES}")])
-        .args(["--stops", &format!("{INSIDE}/{STOPS}")])
         .env("NIGHTGRAFT_BIN", INSIDE)
         .env("PATH", format!("{INSIDE}:/usr/bin:/bin"))
         .env("RUST_BACKTRACE", "1")
@@ -154,6 +153,9 @@ fn trial(condition: &Condition) -> Result<Verdict> {
         .stdout(Stdio::piped());
     if condition.root == Root::Overlay {
         command.arg("--overlay");
+    }
+    if condition.trial == Trial::Stops {
+        command.arg("--stops").arg(format!("{INSIDE}/{STOPS}"));
     }
     let mut child = command.spawn().context("vm_trial cannot be started")?;
     let out = child.stdout.take().context("no pipe from the trial")?;

@@ -282,7 +282,6 @@ fn call(
 const PIECE: usize = 32 * 1024;
 
 /// Writes the parts while the worker runs: nothing leads to them yet.
-
 fn fill(
     process: &Process,
     memory: &Memory,

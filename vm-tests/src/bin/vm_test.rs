@@ -51,7 +51,7 @@ struct Arguments {
 }
 
 /// A guest ends its trial before that.
-const BOOT_WITHIN: Duration = Duration::from_secs(420);
+const BOOT_WITHIN: Duration = Duration::from_secs(720);
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
@@ -147,7 +147,8 @@ fn chosen(arguments: &Arguments) -> Result<Vec<Condition>> {
             "there is no kernel {kernel}: 6.1 or 6.12"
         );
     }
-    let mut conditions = Condition::combined(if arguments.full { 3 } else { 2 });
+    let mut conditions = Condition::stops(arguments.full);
+    conditions.extend(Condition::combined(if arguments.full { 3 } else { 2 }));
     conditions.retain(|c| {
         arguments
             .kernel

@@ -17,7 +17,7 @@ struct Arguments {
     /// Containers have overlay file systems for roots.
     #[arg(long)]
     overlay: bool,
-    /// ptrace-shim's tests of stops, to be run first.
+    /// ptrace-shim's tests of stops, to be run instead.
     #[arg(long)]
     stops: Option<PathBuf>,
 }
