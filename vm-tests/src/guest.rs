@@ -146,6 +146,7 @@ fn trial(condition: &Condition) -> Result<Verdict> {
     let mut command = Command::new(format!("{INSIDE}/vm_trial"));
     command
         .args(["--functions", &format!("{INSIDE}/{FIXTURES}")])
+        .args(["--seed", &seed(condition).to_string()])
         .env("NIGHTGRAFT_BIN", INSIDE)
         .env("PATH", format!("{INSIDE}:/usr/bin:/bin"))
         .env("RUST_BACKTRACE", "1")
@@ -194,6 +195,14 @@ fn trial(condition: &Condition) -> Result<Verdict> {
         "the trial ended with {status} and the verdict {verdict:?}"
     );
     Ok(verdict)
+}
+
+/// Other conditions, other moments; the same ones each time.
+fn seed(condition: &Condition) -> u64 {
+    let text = condition.to_string();
+    text.bytes().fold(7, |seed, byte| {
+        seed.wrapping_mul(31).wrapping_add(u64::from(byte))
+    })
 }
 
 /// Where everyone is, for a trial that does not end.

@@ -6,6 +6,7 @@
 //! /nightgraft/…             agent, agentctl, the testbed's programs, vm_trial,
 //!                           ptrace-shim's stop tests
 //! /nightgraft/fixtures/…    the functions
+//! /bin/sh                   for ptrace-shim's tests
 //! /nightgraft/overlay.ko    the kernel's own module
 //! /lib…, /lib64/…           libraries, where the programs look for them
 //! ```
@@ -79,6 +80,8 @@ pub fn make(
         add(&mut files, &inside, &library)?;
     }
     files.insert(format!("{INSIDE}/overlay.ko"), overlay.to_owned());
+    // Tests of ptrace-shim start one.
+    add(&mut files, "/bin/sh", Path::new("/bin/sh"))?;
     files.insert(rootfs::LOADER.to_owned(), rootfs::LOADER.into());
     write(&files, archive)
 }

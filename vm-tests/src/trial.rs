@@ -29,8 +29,6 @@ use crate::verdict::Verdict;
 const START_WITHIN: Duration = Duration::from_secs(120);
 /// For what takes an instant where it works.
 const SOON: Duration = Duration::from_secs(60);
-/// Agents that die.
-const DEATHS: usize = 3;
 /// Connections of the load: as many as Foo has workers, and one to wait.
 const CONNECTIONS: usize = 3;
 /// Between two requests of a connection: an emulated processor that does
@@ -49,6 +47,8 @@ pub struct Options {
     pub functions: Option<PathBuf>,
     /// Containers with overlay roots.
     pub overlay: bool,
+    /// The same seed, the same moments at which agents die.
+    pub seed: u64,
     /// ptrace-shim's tests, to be run instead.
     pub stops: Option<PathBuf>,
 }
@@ -156,7 +156,7 @@ fn served(load: &Load, more: u64) -> Result<()> {
 }
 
 /// Fuses Foo → Bar in both workers, each of which proves well.
-fn patch(agent: &Agent, node: &Node) -> Result<Value> {
+fn patch(agent: &Agent, node: &Node, canary_wait: &str) -> Result<Value> {
     let engine = node.engine_pid().to_string();
     let answer = agent.ctl(&[
         "patch",
@@ -166,7 +166,7 @@ fn patch(agent: &Agent, node: &Node) -> Result<Value> {
         &engine,
         "--json",
         "--canary-wait",
-        CANARY_WAIT,
+        canary_wait,
     ])?;
     ensure!(answer.code == 0, "patch: {answer:?}");
     answer.json()
@@ -227,7 +227,7 @@ fn patched(options: &Options) -> Result<Value> {
 
     let mut agent = Agent::start()?;
     step("the agent answers", since);
-    let result = cycle(&node, &load, &mut agent, since)
+    let result = cycle(options, &node, &load, &mut agent)
         .with_context(|| format!("{:?}; the agent: {}", load.snapshot(), agent.log()));
     let seen = match result {
         Ok(seen) => seen,
@@ -244,66 +244,91 @@ fn patched(options: &Options) -> Result<Value> {
         "requests": report.requests(),
         "failed": report.failed,
         "wrong": report.wrong,
-        "patches": seen,
+        "agents": seen,
     }))
 }
 
-fn cycle(node: &Node, load: &Load, agent: &mut Agent, since: Instant) -> Result<Value> {
+/// The whole way, twice, and in between agents that are killed: the first one
+/// in its very first patch, which maps and fills; the others where all that is
+/// left to do is to turn it on or off.
+fn cycle(options: &Options, node: &Node, load: &Load, agent: &mut Agent) -> Result<Value> {
+    let since = Instant::now();
+    let mut random = Random::new(options.seed);
+    let mut killed = |least: f64, most: f64, scale: Duration| {
+        scale.mul_f64(least + (most - least) * random.below(1000) as f64 / 1000.0)
+    };
+    // Most of a patch is its plan, one for each of the two workers.
+    let explained = Instant::now();
+    let answer = agent.edge(node, "explain", "Foo", "Bar")?;
+    ensure!(answer.code == 0, "explain: {answer:?}");
+    let moment = killed(0.5, 2.5, explained.elapsed());
+    let mut unfinished = usize::from(death(node, load, agent, "patch", moment)?);
+    step("an agent was killed in the first patch", since);
+
     let mut seen = Vec::new();
+    let mut took = [Duration::ZERO; 2];
     for round in ["patched", "patched again"] {
-        let patch = patch(agent, node)?;
+        let patch = patch(agent, node, CANARY_WAIT)?;
         step(round, since);
         let calls = all_fused(agent, node, load)?;
         step("all calls are fused", since);
+        let receipt = &patch["workers"][0]["receipt"];
         seen.push(json!({
-            "stops_ns": patch["workers"][0]["receipt"]["stops_ns"],
-            "commit_stop_ns": patch["workers"][0]["receipt"]["commit_stop_ns"],
+            "stops_ns": receipt["stops_ns"],
+            "commit_stop_ns": receipt["commit_stop_ns"],
             "fused_calls": calls,
         }));
+        let began = Instant::now();
         agent.revert(node, "Foo", "Bar")?;
+        took[1] = began.elapsed();
         none_fused(agent, node, load)?;
-        step("reverted", since);
         untouched(node)?;
+        step("reverted", since);
     }
-    deaths(node, load, agent, since)?;
-    Ok(Value::Array(seen))
+
+    let began = Instant::now();
+    patch(agent, node, "0ms")?;
+    took[0] = began.elapsed();
+    agent.revert(node, "Foo", "Bar")?;
+    for command in ["patch", "revert"] {
+        let moment = killed(0.2, 1.0, took[usize::from(command == "revert")]);
+        unfinished += usize::from(death(node, load, agent, command, moment)?);
+        patch(agent, node, CANARY_WAIT)
+            .with_context(|| format!("after the death of a {command}"))?;
+        all_fused(agent, node, load)?;
+        step(&format!("an agent was killed in a {command}"), since);
+    }
+    agent.revert(node, "Foo", "Bar")?;
+    none_fused(agent, node, load)?;
+    step("reverted", since);
+    Ok(json!({"patches": seen, "agents_killed_before_they_were_done": unfinished}))
 }
 
-/// Agents are killed while they patch and revert, at moments spread over the
-/// time that it takes.
-fn deaths(node: &Node, load: &Load, agent: &mut Agent, since: Instant) -> Result<()> {
-    let mut random = Random::new(11);
-    let mut unfinished = 0;
-    let mut took = Duration::from_millis(200);
-    for death in 0..DEATHS {
-        // Each begins with the edge as the command finds it.
-        let command = ["patch", "revert"][death % 2];
-        let mut child = Command::new(bin("agentctl")?)
-            .args([command, "Foo", "Bar", "--canary-wait", "0ms"])
-            .args(["--engine", &node.engine_pid().to_string()])
-            .env("NIGHTGRAFT_SOCKET", agent.socket())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()?;
-        std::thread::sleep(took.mul_f64(0.2 + random.below(70) as f64 / 100.0));
-        agent.kill()?;
-        unfinished += usize::from(!child.wait()?.success());
-        *agent = Agent::start()?;
-        untouched(node)?;
-        served(load, CONNECTIONS as u64)?;
-        let began = Instant::now();
-        patch(agent, node).with_context(|| format!("after death {death}, of a {command}"))?;
-        took = began.elapsed();
-        all_fused(agent, node, load)?;
-        if death % 2 == 1 {
-            agent.revert(node, "Foo", "Bar")?;
-        }
-        step(&format!("an agent was killed in its {command}"), since);
-    }
-    ensure!(unfinished > 0, "no agent died before it was done");
-    agent.revert(node, "Foo", "Bar")?;
-    none_fused(agent, node, load)
+/// Kills the agent so long after it was asked for something, and starts
+/// another. Gives whether it died before it was done.
+fn death(
+    node: &Node,
+    load: &Load,
+    agent: &mut Agent,
+    command: &str,
+    moment: Duration,
+) -> Result<bool> {
+    let mut child = Command::new(bin("agentctl")?)
+        .args([command, "Foo", "Bar", "--canary-wait", "0ms"])
+        .args(["--engine", &node.engine_pid().to_string()])
+        .env("NIGHTGRAFT_SOCKET", agent.socket())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    std::thread::sleep(moment);
+    agent.kill()?;
+    let unfinished = !child.wait()?.success();
+    // What a dead agent leaves, before another one can have put it right.
+    untouched(node)?;
+    served(load, 2 * CONNECTIONS as u64)?;
+    *agent = Agent::start()?;
+    Ok(unfinished)
 }
 
 /// Nobody may trace: the agent says so and leaves everyone alone.

@@ -17,6 +17,9 @@ struct Arguments {
     /// Containers have overlay file systems for roots.
     #[arg(long)]
     overlay: bool,
+    /// When agents die: the same seed, the same moments.
+    #[arg(long, default_value_t = 11)]
+    seed: u64,
     /// ptrace-shim's tests of stops, to be run instead.
     #[arg(long)]
     stops: Option<PathBuf>,
@@ -27,6 +30,7 @@ fn main() -> ExitCode {
     let verdict = trial::run(&Options {
         functions: arguments.functions,
         overlay: arguments.overlay,
+        seed: arguments.seed,
         stops: arguments.stops,
     });
     println!("{}", verdict.line());
