@@ -13,7 +13,7 @@ use nightgraft_vm_tests::conditions::{Condition, Series};
 use nightgraft_vm_tests::kernel::Kernel;
 use nightgraft_vm_tests::machine::Outcome;
 use nightgraft_vm_tests::{initramfs, machine};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Boots Debian's cloud kernels in QEMU, each under many conditions, and runs
 /// the patch under load in each.
@@ -42,6 +42,9 @@ struct Arguments {
     /// Print the conditions and boot nothing.
     #[arg(long)]
     list: bool,
+    /// Tell what was seen in each, on stderr.
+    #[arg(long)]
+    verbose: bool,
     /// Machines at a time.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=16))]
     jobs: u8,
@@ -102,7 +105,7 @@ fn main() -> Result<ExitCode> {
                             machine::boot(condition, kernel, archive, &console, BOOT_WITHIN)
                         });
                     let result = judge(condition, outcome);
-                    say(condition, &result);
+                    say(condition, &result, arguments.verbose);
                     if let Ok(mut all) = results.lock() {
                         all.push(result);
                     }
@@ -121,11 +124,17 @@ fn main() -> Result<ExitCode> {
             .position(|s| r.starts_with(&format!("{}.", s.name())))
     });
     releases.dedup();
+    let sum = |name: &str| -> u64 {
+        let of = |r: &Judged| r.seen.pointer(name).and_then(Value::as_u64);
+        results.iter().filter_map(of).sum()
+    };
     println!(
-        "{} conditions on {}, {failed} failed, in {} s",
+        "{} conditions on {}, {failed} failed, in {} s; {} requests, {} agents killed before they were done",
         conditions.len(),
         releases.join(" and "),
-        started.elapsed().as_secs()
+        started.elapsed().as_secs(),
+        sum("/trial/requests"),
+        sum("/trial/agents/agents_killed_before_they_were_done"),
     );
     if arguments.json {
         println!(
@@ -171,7 +180,7 @@ struct Judged {
     kernel: Option<String>,
     complaint: Option<String>,
     took: Duration,
-    told: String,
+    seen: Value,
 }
 
 fn judge(condition: &Condition, outcome: Result<Outcome>) -> Judged {
@@ -182,7 +191,7 @@ fn judge(condition: &Condition, outcome: Result<Outcome>) -> Judged {
                 kernel: None,
                 complaint: Some(format!("{error:#}")),
                 took: Duration::ZERO,
-                told: String::new(),
+                seen: Value::Null,
             };
         }
     };
@@ -215,13 +224,11 @@ fn judge(condition: &Condition, outcome: Result<Outcome>) -> Judged {
         kernel,
         complaint,
         took: outcome.took,
-        told: outcome
-            .verdict
-            .map_or_else(String::new, |v| v.seen.to_string()),
+        seen: outcome.verdict.map_or(Value::Null, |v| v.seen),
     }
 }
 
-fn say(condition: &Condition, result: &Judged) {
+fn say(condition: &Condition, result: &Judged, verbose: bool) {
     // Progress goes to stderr: stdout is the result.
     let mut err = std::io::stderr().lock();
     let _ = match &result.complaint {
@@ -232,7 +239,7 @@ fn say(condition: &Condition, result: &Judged) {
             result.took.as_secs()
         ),
     };
-    if std::env::var_os("NIGHTGRAFT_VM_VERBOSE").is_some() {
-        let _ = writeln!(err, "       {}", result.told);
+    if verbose {
+        let _ = writeln!(err, "       {}", result.seen);
     }
 }

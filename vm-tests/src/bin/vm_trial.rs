@@ -17,6 +17,9 @@ struct Arguments {
     /// Containers have overlay file systems for roots.
     #[arg(long)]
     overlay: bool,
+    /// Set Yama's scope to 3 once the node serves: for good, so in guests only.
+    #[arg(long)]
+    forbid_tracing: bool,
     /// When agents die: the same seed, the same moments.
     #[arg(long, default_value_t = 11)]
     seed: u64,
@@ -30,6 +33,7 @@ fn main() -> ExitCode {
     let verdict = trial::run(&Options {
         functions: arguments.functions,
         overlay: arguments.overlay,
+        forbid_tracing: arguments.forbid_tracing,
         seed: arguments.seed,
         stops: arguments.stops,
     });
