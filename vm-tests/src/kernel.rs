@@ -44,12 +44,15 @@ impl Kernel {
             return Ok(kernel);
         }
         fs::create_dir_all(cache)?;
-        let mut packages = packages(series)?;
-        if packages.is_empty() {
-            // A fresh machine has no lists yet.
+        Self::download(series, cache, &dir).or_else(|_| {
+            // A fresh machine has no lists yet, or old ones.
             output(Command::new("apt-get").arg("update"))?;
-            packages = self::packages(series)?;
-        }
+            Self::download(series, cache, &dir)
+        })
+    }
+
+    fn download(series: Series, cache: &Path, dir: &Path) -> Result<Self> {
+        let packages = packages(series)?;
         ensure!(
             !packages.is_empty(),
             "the machine's package sources have no linux-image-{}…-cloud-amd64",
@@ -58,7 +61,7 @@ impl Kernel {
         let mut failures = Vec::new();
         // A source may still list what its server no longer has.
         for package in packages.iter().take(3) {
-            match unpack(package, series, cache, &dir) {
+            match unpack(package, series, cache, dir) {
                 Ok(kernel) => return Ok(kernel),
                 Err(error) => failures.push(format!("{package}: {error:#}")),
             }

@@ -318,6 +318,28 @@ mod tests {
     }
 
     #[test]
+    fn a_window_is_no_longer_than_what_the_kernel_writes_in_one_go() {
+        use ptrace_shim::WriteMethod;
+        let own = Process::open(std::process::id().cast_signed()).unwrap();
+        let memory = Memory::open_with(&own, WriteMethod::PokeData).unwrap();
+        let of = |length| WindowRecord {
+            address: 0x1003,
+            before: vec![0; length],
+            ..window(true)
+        };
+        one_go(&memory, &of(8)).unwrap();
+        let refused = one_go(&memory, &of(9)).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "the call at +0x1003 cannot be rewritten: the kernel forbids forced writes to \
+             /proc/PID/mem, and the window of 9 bytes is longer than the 8 that ptrace writes in \
+             one go"
+        );
+        let memory = Memory::open_with(&own, WriteMethod::ProcMemTraced).unwrap();
+        one_go(&memory, &of(9)).unwrap();
+    }
+
+    #[test]
     fn a_thread_before_the_call_goes_on_in_the_stub_with_its_return_address() {
         let to = moved(&window(true), 0x1003, 0x7ff0, Direction::In).unwrap();
         assert_eq!((to.rip, to.rsp, to.push), (0x9005, 0x7fe8, Some(0x1006)));
