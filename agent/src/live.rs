@@ -4,6 +4,7 @@
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
+use nightgraft_patcher::analyses::Analyses;
 use nightgraft_patcher::apply::{ApplyError, Limits};
 use nightgraft_patcher::session::{self, Failure, Function};
 use nightgraft_patcher::snapshot::SnapshotError;
@@ -16,6 +17,7 @@ use crate::grafter::{
 #[derive(Debug, Default)]
 pub struct Live {
     limits: Limits,
+    analyses: Analyses,
 }
 
 fn function(target: &Target) -> Function<'_> {
@@ -34,8 +36,14 @@ impl Grafter for Live {
         callee_name: &str,
         allowed: Allowance,
     ) -> Result<Explained, GraftError> {
-        let plan = session::explain(function(caller), function(callee), callee_name, allowed)
-            .map_err(|failure| failed(failure, &[caller, callee]))?;
+        let plan = session::explain(
+            function(caller),
+            function(callee),
+            callee_name,
+            allowed,
+            &self.analyses,
+        )
+        .map_err(|failure| failed(failure, &[caller, callee]))?;
         let text = plan.render();
         let refused = plan.refusal();
         match serde_json::to_value(&plan) {
@@ -62,6 +70,7 @@ impl Grafter for Live {
             function(callee),
             callee_name,
             allowed,
+            &self.analyses,
             &self.limits,
         )
         .map_err(|failure| failed(failure, &[caller, callee]))
@@ -80,6 +89,10 @@ impl Grafter for Live {
         let id =
             session::build_id(function(worker)).map_err(|failure| failed(failure, &[worker]))?;
         Ok((!id.is_empty()).then_some(id))
+    }
+
+    fn tidy(&self) {
+        self.analyses.tidy();
     }
 
     fn set_gate(&self, caller: &Target, callee_name: &str, on: bool) -> Result<(), GraftError> {

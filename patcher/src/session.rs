@@ -3,8 +3,9 @@
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
+use crate::analyses::Analyses;
 use crate::apply::{self, ApplyError, Limits};
-use crate::code::{CodeMap, Live};
+use crate::code::Live;
 use crate::effects::Allowance;
 use crate::elf::Image;
 use crate::manifest::{self, FindError, Present};
@@ -120,9 +121,10 @@ pub fn explain(
     callee: Function<'_>,
     name: &str,
     allowed: Allowance,
+    analyses: &Analyses,
 ) -> Result<PatchPlan, Failure> {
     let callee = callee.read()?;
-    planned(caller, &callee, name, allowed)
+    planned(caller, &callee, name, allowed, analyses)
 }
 
 fn planned(
@@ -130,13 +132,14 @@ fn planned(
     callee: &Worker,
     name: &str,
     allowed: Allowance,
+    analyses: &Analyses,
 ) -> Result<PatchPlan, Failure> {
     let caller = caller.read()?;
-    let code: CodeMap = plan::analyse(caller.function())?;
+    let code = plan::analyse(caller.function(), analyses)?;
     let memory = ProcMemory::open(caller.pid)?;
     let present = manifest::find(caller.pid, caller.start_time, &caller.maps, &memory)?;
     let bridge = bridge()?;
-    let invoke = routine(&caller, &memory);
+    let invoke = routine(&caller, &memory, analyses);
     let live = LiveWorker {
         maps: &caller.maps,
         memory: &memory,
@@ -152,12 +155,13 @@ fn planned(
         invoke: &invoke,
         live: &live,
         allowed,
+        analyses,
     })?)
 }
 
 /// The worker's own `invoke_func`.
-fn routine(worker: &Worker, memory: &dyn Memory) -> Result<u64, Refused> {
-    match invoke_routines(worker, memory).as_slice() {
+fn routine(worker: &Worker, memory: &dyn Memory, analyses: &Analyses) -> Result<u64, Refused> {
+    match invoke_routines(worker, memory, analyses).as_slice() {
         [one] => Ok(*one),
         several => Err(Refused::NoInvokeRoutine {
             executable: worker.executable().path.clone(),
@@ -203,12 +207,13 @@ pub fn patch(
     callee: Function<'_>,
     name: &str,
     allowed: Allowance,
+    analyses: &Analyses,
     limits: &Limits,
 ) -> Result<PatchReceipt, Failure> {
     let callee = callee.read()?;
     let mut tries = 1;
     loop {
-        let plan = planned(caller, &callee, name, allowed)?;
+        let plan = planned(caller, &callee, name, allowed, analyses)?;
         if let Some(refused) = plan.refusal() {
             return Err(Failure::Refused(refused));
         }

@@ -80,6 +80,13 @@ pub enum TlsMeaning {
     },
     /// So far from the thread pointer (wrapping).
     Static(u64),
+    /// Where ld.so's `__tls_get_addr` says.
+    Linker {
+        /// Its number of the library.
+        module: u64,
+        /// Offset in the library's block.
+        offset: u64,
+    },
     /// A weak reference to nothing.
     Nowhere,
 }

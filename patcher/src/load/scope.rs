@@ -80,7 +80,11 @@ fn exceptional(name: &str) -> bool {
 /// Where a provider's definitions live in the caller's process.
 enum Place {
     /// The worker's own.
-    Shared { bias: u64, tls_offset: Option<u64> },
+    Shared {
+        bias: u64,
+        tls_offset: Option<u64>,
+        tls_module: Option<u64>,
+    },
     /// Not there as the same build: why, and the build-id wanted.
     Differs { caller: String, callee: String },
     /// The copy of this number.
@@ -459,11 +463,14 @@ impl Scope {
                     tls_offset: Some(offset),
                     ..
                 } => Ok(TlsMeaning::Static(found.value.wrapping_sub(*offset))),
-                Place::Shared { .. } => Err(Refused::UnsupportedImport {
-                    library: self.images[image].path.clone(),
-                    symbol: symbol.name.clone(),
-                    reason: format!("is thread-local in {}, at no fixed place", provider.name),
+                Place::Shared {
+                    tls_module: Some(module),
+                    ..
+                } => Ok(TlsMeaning::Linker {
+                    module: *module,
+                    offset: found.value,
                 }),
+                Place::Shared { .. } => Err(self.at_no_fixed_place(image, index)),
                 Place::Differs { .. } => Err(provider
                     .differs()
                     .unwrap_or_else(|| self.unresolved(image, symbol))),
@@ -472,6 +479,23 @@ impl Scope {
             None if !symbol.undefined() => Ok(own(symbol.value)),
             None if symbol.binding == c::STB_WEAK => Ok(TlsMeaning::Nowhere),
             None => Err(self.unresolved(image, symbol)),
+        }
+    }
+
+    /// The refusal of a thread-local variable whose distance from the thread
+    /// pointer nobody can tell.
+    #[must_use]
+    pub fn at_no_fixed_place(&self, image: usize, index: u32) -> Refused {
+        let symbol = match self.symbol(image, index) {
+            Ok(symbol) => symbol,
+            Err(refused) => return refused,
+        };
+        let provider = self.definition(image, symbol, false);
+        let provider = provider.map_or("its library", |(provider, _)| &provider.name);
+        Refused::UnsupportedImport {
+            library: self.images[image].path.clone(),
+            symbol: symbol.name.clone(),
+            reason: format!("is thread-local in {provider}, at no fixed place"),
         }
     }
 
@@ -566,6 +590,7 @@ fn provider(module: &Module, candidate: Option<&Module>) -> Provider {
         (_, Some(m)) => Place::Shared {
             bias: m.bias,
             tls_offset: m.tls_offset,
+            tls_module: m.tls_module,
         },
         (m, None) => Place::Differs {
             caller: m.map_or("not loaded".into(), id),

@@ -2,13 +2,15 @@
 //! that maps (`fresh`).
 
 use std::mem::offset_of;
+use std::sync::Arc;
 
 use nightgraft_bridge::abi;
 
 use super::dynamic;
 use super::fresh::fresh;
 use super::{PatchPlan, Store, Unfused};
-use crate::code::{self, CodeMap, Live, Site, Window};
+use crate::analyses::Analyses;
+use crate::code::{CodeMap, Live, Site, Window};
 use crate::effects::{self, Allowance, Effect};
 use crate::elf::{Image, hex};
 use crate::load;
@@ -41,6 +43,8 @@ pub struct Input<'a> {
     /// What the callee may touch that is the caller's. The plan is made
     /// whatever it touches, and says what would have to be allowed.
     pub allowed: Allowance,
+    /// Analyses of code, which are the same whenever they are made.
+    pub analyses: &'a Analyses,
 }
 
 /// Plans the patch.
@@ -318,8 +322,9 @@ pub(super) fn in_order(mut windows: Vec<WindowRecord>) -> Vec<WindowRecord> {
 ///
 /// # Errors
 /// The library is not well-formed.
-pub fn analyse(library: &Module) -> Result<CodeMap, Refused> {
-    code::analyse(&library.image.bytes).map_err(|e| Refused::Analysis {
+pub fn analyse(library: &Module, analyses: &Analyses) -> Result<Arc<CodeMap>, Refused> {
+    let code = analyses.library(&library.image.bytes);
+    code.map_err(|e| Refused::Analysis {
         library: library.path.clone(),
         reason: e.to_string(),
     })

@@ -46,6 +46,22 @@ pub struct Sites {
     pub refused: usize,
 }
 
+impl fmt::Display for Sites {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts = [
+            (self.in_place, "in place"),
+            (self.entry, "through the entry"),
+            (self.refused, "refused"),
+        ];
+        let parts: Vec<String> = parts
+            .iter()
+            .filter(|(count, _)| *count > 0)
+            .map(|(count, how)| format!("{count} {how}"))
+            .collect();
+        f.write_str(&parts.join(", "))
+    }
+}
+
 /// What became of a row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
