@@ -160,6 +160,7 @@ pub fn graft_code(error: &GraftError) -> &'static str {
         GraftError::Refused(refused) => refused.code(),
         GraftError::TracedBy { .. } => "worker-traced",
         GraftError::MissingCapability { .. } => "missing-capability",
+        GraftError::TracingForbidden => "tracing-forbidden",
         GraftError::WorkerGone { .. } => "worker-gone",
         GraftError::Failed(_) => "graft-failed",
     }
@@ -174,6 +175,9 @@ fn graft_hint(error: &GraftError) -> Option<String> {
         GraftError::MissingCapability { flag, .. } => Some(format!(
             "start the agent with {flag}, or as root outside of a container"
         )),
+        GraftError::TracingForbidden => Some(
+            "boot the node with another value: this one can't be changed while it runs".to_owned(),
+        ),
         GraftError::WorkerGone { .. } => {
             Some("see `agentctl ps` for the workers that are there now".to_owned())
         }

@@ -72,6 +72,9 @@ pub enum GraftError {
         /// The container flag that grants it, such as `--cap-add SYS_PTRACE`.
         flag: String,
     },
+    /// Yama forbids tracing to everyone.
+    #[error("kernel.yama.ptrace_scope is 3 on this node: nobody may read or stop a worker")]
+    TracingForbidden,
     /// The worker has exited, or its pid now belongs to another process.
     #[error("worker {pid} has exited")]
     WorkerGone {

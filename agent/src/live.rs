@@ -201,9 +201,17 @@ fn snapshot_error(error: SnapshotError) -> GraftError {
         SnapshotError::Read { what, source, .. }
             if source.kind() == ErrorKind::PermissionDenied =>
         {
-            missing_ptrace(&format!("read {what} of a worker"))
+            may_not(&format!("read {what} of a worker"))
         }
         other => GraftError::Failed(other.to_string()),
+    }
+}
+
+/// What was denied: to everyone, or to us for want of a capability.
+fn may_not(purpose: &str) -> GraftError {
+    match ptrace_shim::yama_scope() {
+        Some(3) => GraftError::TracingForbidden,
+        _ => missing_ptrace(purpose),
     }
 }
 
@@ -232,11 +240,7 @@ fn trace_error(error: ptrace_shim::Error) -> GraftError {
         Error::NotPermitted {
             yama_scope: Some(3),
             ..
-        } => GraftError::Failed(
-            "kernel.yama.ptrace_scope is 3: nobody may trace until the node is restarted with \
-             another value"
-                .to_owned(),
-        ),
+        } => GraftError::TracingForbidden,
         Error::NotPermitted { .. } => missing_ptrace("stop a worker"),
         Error::NoSuchProcess { pid }
         | Error::ProcessDied { pid, .. }

@@ -66,6 +66,23 @@ pub struct Borrowed {
     owed_sigsys: bool,
 }
 
+/// The extended state of a thread, as its signal frame is to have it.
+fn extended_state(stopped: &StoppedThread) -> Result<Vec<u8>> {
+    let mut image = vec![0; xstate::MOST];
+    match ptrace::extended_state(stopped.tid(), &mut image) {
+        Ok(length) => {
+            let image = &image[..length.min(xstate::MOST)];
+            xstate::for_signal_frame(image, sys::xsave::component)
+                .map_err(|what| stopped.not_borrowable(NotBorrowable::ExtendedState(what)))
+        }
+        // The processor has no XSAVE.
+        Err(Errno::ENODEV) => ptrace::fxsave_state(stopped.tid())
+            .map(|image| xstate::for_signal_frame_without_xsave(&image))
+            .map_err(|cause| stopped.failed("reading the floating-point state", cause)),
+        Err(cause) => Err(stopped.failed("reading the extended state", cause)),
+    }
+}
+
 /// Where the borrowed thread stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stand {
@@ -85,16 +102,11 @@ impl Borrowed {
         let tid = stopped.tid();
         let healed = borrowable::check(&stopped)?;
 
-        let mut image = vec![0; xstate::MOST];
-        let length = ptrace::extended_state(tid, &mut image)
-            .map_err(|cause| stopped.failed("reading the extended state", cause))?;
-        let image = &image[..length.min(xstate::MOST)];
-        let layout = borrowable::find_room(&stopped, xstate::longest(image.len()))?;
+        let fpstate = extended_state(&stopped)?;
+        let layout = borrowable::find_room(&stopped, fpstate.len())?;
         gadgets.check(stopped.memory())?;
         let mask = ptrace::signal_mask(tid)
             .map_err(|cause| stopped.failed("reading the signal mask", cause))?;
-        let fpstate = xstate::for_signal_frame(image, sys::xsave::component)
-            .map_err(|what| stopped.not_borrowable(NotBorrowable::ExtendedState(what)))?;
 
         let frame = frame::build(&layout, &healed, mask, &fpstate, gadgets.restore_rt);
         stopped.memory().write(layout.frame, &frame)?;

@@ -179,7 +179,7 @@ pub enum Error {
         address: Address,
         /// How many bytes.
         length: usize,
-        /// "one page", or with word-wise writing "one aligned word".
+        /// "one page", or with word-wise writing "one word".
         unit: &'static str,
     },
     /// The thread's registers decide how an interrupted system call goes on,

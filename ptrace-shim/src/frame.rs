@@ -26,7 +26,7 @@
 //! `arch/x86/include/uapi/asm/sigcontext.h` (`struct sigcontext_64`),
 //! `arch/x86/kernel/signal_64.c`. Pure functions of registers and bytes.
 
-use crate::{Address, Registers};
+use crate::{Address, Registers, xstate};
 
 /// Below rsp, what a leaf function may use without moving rsp.
 const RED_ZONE: u64 = 128;
@@ -90,7 +90,8 @@ pub(crate) fn lay_out(stack_pointer: Address, fpstate_length: usize) -> Option<L
 /// The bytes to write at `layout.frame`, up to the end of `fpstate`.
 ///
 /// `registers` are those to return to (a restart already done by hand), `mask`
-/// the signal mask, `fpstate` the XSAVE image with its magics, `restorer` the
+/// the signal mask, `fpstate` the XSAVE image with its magics (or FXSAVE's
+/// area), `restorer` the
 /// address of `__restore_rt`.
 pub(crate) fn build(
     layout: &Layout,
@@ -104,10 +105,12 @@ pub(crate) fn build(
     bytes.reserve_exact(fpstate.len());
     let mut put = |at: usize, word: u64| bytes[at..at + 8].copy_from_slice(&word.to_le_bytes());
     put(0, restorer.0);
-    put(
-        UC_FLAGS,
-        UC_FP_XSTATE | UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS,
-    );
+    let extended = if xstate::is_of_xsave(fpstate) {
+        UC_FP_XSTATE
+    } else {
+        0
+    };
+    put(UC_FLAGS, extended | UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS);
     put(UC_STACK_FLAGS, u64::from(INVALID_STACK_FLAGS));
     let Registers {
         r8,
@@ -200,6 +203,8 @@ mod tests {
         let register = |index: i32| word(MCONTEXT + 8 * index as usize);
         assert_eq!(word(0), 0x4000);
         assert_eq!(word(UC_FLAGS), 7);
+        let old = build(&layout, &registers, 0, &[1; 512], Address(0x4000));
+        assert_eq!(old[UC_FLAGS], 6, "no XSAVE, no image of it");
         assert_eq!(register(libc::REG_R8), 8);
         assert_eq!(register(libc::REG_RCX), 0xc);
         assert_eq!(register(libc::REG_RSP), 0x7fff_0000_0000);

@@ -76,6 +76,7 @@ pub use stop_all::{Stop, StoppedProcess, stop_all};
 pub use stop_thread::{StoppedThread, stop_thread};
 pub use syscall_names::syscall_name;
 pub use syscalls::{Disturbed, Sees};
+pub use tracee::yama_scope;
 pub use tracer_thread::tracer_thread;
 pub use whereabouts::{Place, Whereabouts, where_threads_are};
 

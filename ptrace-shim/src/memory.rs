@@ -5,8 +5,8 @@
 //! only while all threads are stopped ([`crate::StoppedProcess::write_code`]).
 //!
 //! Writing where the process itself may not (its code) is a *forced* write.
-//! Kernels since 6.12 can be told to forbid those (`proc_mem.force_override`);
-//! then a stopped thread is written through, word by word, see [`WriteMethod`].
+//! Kernels since 6.12 can be told to forbid those (`proc_mem.force_override`),
+//! to all or to all but the tracer; then it takes a stop, see [`WriteMethod`].
 
 use crate::error::{Error, Result};
 use crate::{Address, Pid, Process};
@@ -34,32 +34,62 @@ pub struct Memory {
 pub enum WriteMethod {
     /// `/proc/PID/mem`, at any time.
     ProcMem,
-    /// `PTRACE_POKEDATA`, only through a stopped thread, one aligned word of 8
-    /// bytes at a time.
+    /// `/proc/PID/mem`, only by the OS thread that traces the process's leader.
+    ProcMemTraced,
+    /// `PTRACE_POKEDATA`, only through a stopped thread, 8 bytes at a time.
     PokeData,
 }
 
 impl WriteMethod {
-    /// Finds out what this kernel allows, by a forced write to ourselves.
+    /// Finds out what this kernel allows, by a forced write to ourselves, and
+    /// where that is forbidden to a child that is traced.
     #[must_use]
     pub fn probe() -> WriteMethod {
-        match probe_forced_write() {
-            Ok(()) => WriteMethod::ProcMem,
+        let forbidden = |error: &std::io::Error, to: &str| {
+            tracing::debug!(%error, "forced writes to /proc/PID/mem are forbidden to {to}");
+        };
+        match probe_forced_write("self") {
+            Ok(()) => return WriteMethod::ProcMem,
+            Err(error) => forbidden(&error, "all"),
+        }
+        match crate::sys::probe::with_traced_child(|child| probe_forced_write(&child.to_string())) {
+            Ok(()) => WriteMethod::ProcMemTraced,
             Err(error) => {
-                tracing::debug!(%error, "forced writes to /proc/PID/mem are not to be had");
+                forbidden(&error, "the tracer");
                 WriteMethod::PokeData
             }
         }
     }
+
+    /// What [`WriteMethod::probe`] found when it was first needed.
+    #[must_use]
+    pub fn of_this_kernel() -> WriteMethod {
+        static METHOD: std::sync::OnceLock<WriteMethod> = std::sync::OnceLock::new();
+        *METHOD.get_or_init(WriteMethod::probe)
+    }
+
+    /// The most bytes of code that are written in one go (within one page): an
+    /// agent that dies has written all of them or none.
+    #[must_use]
+    pub fn most_in_one_go(self) -> usize {
+        match self {
+            WriteMethod::ProcMem | WriteMethod::ProcMemTraced => crate::PAGE_SIZE as usize,
+            WriteMethod::PokeData => WORD,
+        }
+    }
 }
 
-/// Writes to a read-only byte of our own what it already holds.
-fn probe_forced_write() -> std::io::Result<()> {
+/// What `PTRACE_POKEDATA` writes at a time, in bytes; wherever it begins.
+pub(crate) const WORD: usize = 8;
+
+/// Writes to a read-only byte of ours, or of a child's that is a copy of us,
+/// what it already holds.
+fn probe_forced_write(pid: &str) -> std::io::Result<()> {
     static READ_ONLY: u8 = 0x5a;
     let address = std::hint::black_box(&raw const READ_ONLY).addr() as u64;
     File::options()
         .write(true)
-        .open("/proc/self/mem")?
+        .open(format!("/proc/{pid}/mem"))?
         .write_all_at(&[READ_ONLY], address)
 }
 
@@ -70,8 +100,7 @@ impl Memory {
     /// [`Error::NotPermitted`] without the right to trace it;
     /// [`Error::NoSuchProcess`] if it is gone.
     pub fn open(process: &Process) -> Result<Memory> {
-        static METHOD: std::sync::OnceLock<WriteMethod> = std::sync::OnceLock::new();
-        Memory::open_with(process, *METHOD.get_or_init(WriteMethod::probe))
+        Memory::open_with(process, WriteMethod::of_this_kernel())
     }
 
     /// Opens the memory of a process, to be written in the given way.
@@ -162,17 +191,23 @@ impl Memory {
     ///
     /// # Errors
     /// [`Error::ForcedWriteForbidden`] where the process itself may not write
-    /// and [`WriteMethod::PokeData`] is the way; [`Error::Memory`] with the
-    /// first address that can't be written, what came before is written;
+    /// and forced writes take a stop; [`Error::Memory`] with the first address
+    /// that can't be written, what came before is written;
     /// [`Error::AddressSpaceGone`].
     pub fn write(&self, address: Address, bytes: &[u8]) -> Result<()> {
-        if self.method == WriteMethod::PokeData && !self.process_may_write(address, bytes.len())? {
+        if self.method != WriteMethod::ProcMem && !self.process_may_write(address, bytes.len())? {
             return Err(Error::ForcedWriteForbidden {
                 pid: self.pid(),
                 address,
                 length: bytes.len(),
             });
         }
+        self.write_through(address, bytes)
+    }
+
+    /// Writes, whether the process may or not: the kernel says no where it does
+    /// not allow that to us.
+    pub(crate) fn write_through(&self, address: Address, bytes: &[u8]) -> Result<()> {
         let mut done = 0;
         while done < bytes.len() {
             let at = self.offset("writing", address, done, bytes.len())?;
@@ -196,7 +231,8 @@ impl Memory {
         let mut next = address;
         let end = address.0.saturating_add(length as u64);
         for mapping in self.process.mappings()? {
-            if mapping.contains(next) {
+            // What lies behind is no matter, adjacent as it may be.
+            if next.0 < end && mapping.contains(next) {
                 if !mapping.writable {
                     return Ok(false);
                 }

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::options::StopOptions;
 use crate::registers::Interrupted;
 use crate::scheduling::Placed;
-use crate::stop_thread::{poke_bytes, start_tick};
+use crate::stop_thread::{start_tick, write_stopped};
 use crate::sys::ptrace;
 use crate::sys::tick::Tick;
 use crate::sys::wait::Event;
@@ -217,31 +217,34 @@ impl StoppedProcess {
     /// Writes code in one go.
     ///
     /// # Errors
-    /// [`Error::CodeSpans`] if it does not lie within one page, or with
-    /// [`WriteMethod::PokeData`] within one aligned word of 8 bytes; nothing is
-    /// written then. [`Error::Memory`] where nothing is mapped.
+    /// [`Error::CodeSpans`] if it does not lie within one page, or is longer
+    /// than [`WriteMethod::most_in_one_go`]; nothing is written then.
+    /// [`Error::Memory`] where nothing is mapped.
     pub fn write_code(&mut self, address: Address, code: &[u8]) -> Result<()> {
-        let within = |unit: u64| {
-            let last = address.0.checked_add((code.len() as u64).max(1) - 1);
-            last.is_some_and(|last| last / unit == address.0 / unit)
-        };
+        let last = address.0.checked_add((code.len() as u64).max(1) - 1);
+        let within_a_page = last.is_some_and(|last| last / PAGE_SIZE == address.0 / PAGE_SIZE);
         let spans = |unit| Error::CodeSpans {
             address,
             length: code.len(),
             unit,
         };
-        if !within(PAGE_SIZE) {
+        if !within_a_page {
             return Err(spans("one page"));
         }
-        match self.memory.write(address, code) {
-            Err(Error::ForcedWriteForbidden { .. }) if !within(8) => Err(spans("one aligned word")),
-            Err(Error::ForcedWriteForbidden { .. }) => {
-                let tid = self.threads.first().map(|thread| thread.tracee.tid);
-                let tid = tid.ok_or_else(|| self.died("writing code"))?;
-                poke_bytes(&self.process, tid, address, code)
-            }
-            result => result,
+        if code.len() > self.write_method().most_in_one_go() {
+            return Err(spans("one word"));
         }
+        self.write_memory(address, code)
+    }
+
+    /// Writes memory, also where the process may not.
+    ///
+    /// # Errors
+    /// As for [`Memory::write`], but for [`Error::ForcedWriteForbidden`].
+    pub fn write_memory(&self, address: Address, bytes: &[u8]) -> Result<()> {
+        let tid = self.threads.first().map(|thread| thread.tracee.tid);
+        let tid = tid.ok_or_else(|| self.died("writing memory"))?;
+        write_stopped(&self.memory, tid, address, bytes)
     }
 
     /// How code is written.

@@ -3,6 +3,7 @@
 use crate::borrow::Borrowed;
 use crate::error::{Error, NotBorrowable, Result};
 use crate::gadgets::Gadgets;
+use crate::memory::WORD;
 use crate::options::StopOptions;
 use crate::scheduling::Placed;
 use crate::sys::proc::{Area, area_at};
@@ -11,7 +12,7 @@ use crate::sys::tick::Tick;
 use crate::sys::wait::Event;
 use crate::syscalls::{Disturbed, disturbance};
 use crate::tracee::{self, Deadline, Seizure, Settled, Tracee};
-use crate::{Address, Memory, Process, Registers, Tid, WriteMethod};
+use crate::{Address, Memory, PAGE_SIZE, Process, Registers, Tid, WriteMethod};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use std::os::fd::{AsFd, OwnedFd};
@@ -146,18 +147,13 @@ impl StoppedThread {
     }
 
     /// Writes memory, also where the process may not and the kernel forbids
-    /// forced writes to `/proc/PID/mem`: then word by word, through this
-    /// thread. Others may see any part of it written.
+    /// forced writes to `/proc/PID/mem`: then as its tracer, or word by word
+    /// through this thread. Others may see any part of it written.
     ///
     /// # Errors
     /// As for [`Memory::write`], but for [`Error::ForcedWriteForbidden`].
     pub fn write_memory(&self, address: Address, bytes: &[u8]) -> Result<()> {
-        match self.memory.write(address, bytes) {
-            Err(Error::ForcedWriteForbidden { .. }) => {
-                poke_bytes(&self.process, self.tid(), address, bytes)
-            }
-            result => result,
-        }
+        write_stopped(&self.memory, self.tid(), address, bytes)
     }
 
     /// How [`StoppedThread::write_memory`] writes where the process may not.
@@ -271,14 +267,33 @@ impl Drop for StoppedThread {
     }
 }
 
-/// Writes through a stopped thread, one aligned word at a time.
-pub(crate) fn poke_bytes(
-    process: &Process,
+/// Writes through the stopped thread `tid`, in whichever way there is.
+pub(crate) fn write_stopped(
+    memory: &Memory,
     tid: Tid,
     address: Address,
     bytes: &[u8],
 ) -> Result<()> {
-    const WORD: u64 = 8;
+    match memory.write(address, bytes) {
+        Err(Error::ForcedWriteForbidden { .. }) => {}
+        result => return result,
+    }
+    if memory.write_method() == WriteMethod::ProcMemTraced {
+        match memory.write_through(address, bytes) {
+            // The leader is not traced by us, or is gone.
+            Err(Error::Memory {
+                cause: Errno::EIO, ..
+            }) => {}
+            result => return result,
+        }
+    }
+    poke_bytes(memory.process(), tid, address, bytes)
+}
+
+/// Writes through a stopped thread, a word at a time. A word may begin
+/// anywhere, and within a page is written whole or not at all; so up to 8 bytes
+/// in one page are.
+fn poke_bytes(process: &Process, tid: Tid, address: Address, bytes: &[u8]) -> Result<()> {
     let failed = |at: u64, cause| match cause {
         Errno::EIO | Errno::EFAULT => Error::Memory {
             operation: "writing",
@@ -292,15 +307,17 @@ pub(crate) fn poke_bytes(
     let mut at = address.0;
     let mut rest = bytes;
     while !rest.is_empty() {
-        let word_at = at & !(WORD - 1);
+        // Not over the end of the page: the next one need not be there.
+        let page_end = (at & !(PAGE_SIZE - 1)).saturating_add(PAGE_SIZE);
+        let word_at = at.min(page_end - WORD as u64);
         let skip = (at - word_at) as usize;
-        let (now, later) = rest.split_at(rest.len().min(WORD as usize - skip));
-        let mut word = if now.len() < WORD as usize {
+        let (now, later) = rest.split_at(rest.len().min(WORD - skip));
+        let mut word = if now.len() < WORD {
             ptrace::peek(tid, word_at)
                 .map_err(|cause| failed(word_at, cause))?
                 .to_le_bytes()
         } else {
-            [0; 8]
+            [0; WORD]
         };
         word[skip..skip + now.len()].copy_from_slice(now);
         ptrace::poke(tid, word_at, u64::from_le_bytes(word))

@@ -384,8 +384,10 @@ fn refusal(process: &Process, tid: Tid) -> Option<Error> {
     })
 }
 
-/// `kernel.yama.ptrace_scope`, if it restricts anything.
-pub(crate) fn yama_scope() -> Option<u8> {
+/// `kernel.yama.ptrace_scope`, if it restricts anything: 1 to descendants, 2 to
+/// CAP_SYS_PTRACE, and with 3 nobody may trace or write to another process.
+#[must_use]
+pub fn yama_scope() -> Option<u8> {
     let text = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").ok()?;
     text.trim().parse().ok().filter(|&scope| scope > 0)
 }

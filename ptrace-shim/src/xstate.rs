@@ -8,6 +8,9 @@
 //! kernel has for the thread, it silently restores x87 and SSE only: so the
 //! note must not claim more than the thread has.
 //!
+//! A processor without XSAVE has FXSAVE's area alone, and its signal frames end
+//! with that: no note, no magic number.
+//!
 //! Layouts: Intel SDM volume 1, chapter 13; `arch/x86/include/uapi/asm/sigcontext.h`
 //! (`struct _fpx_sw_bytes`); `arch/x86/kernel/fpu/signal.c`
 //! (`check_xstate_in_sigframe`).
@@ -34,9 +37,17 @@ const TILE_DATA: u32 = 18;
 /// More than any x86-64 CPU has (with AMX some 11,000 bytes).
 pub(crate) const MOST: usize = 32 * 1024;
 
-/// The most bytes that [`for_signal_frame`] makes of an image of this length.
-pub(crate) fn longest(image: usize) -> usize {
-    image + MAGIC2_LENGTH
+/// Turns FXSAVE's area, all that a processor without XSAVE has, into one for a
+/// signal frame.
+pub(crate) fn for_signal_frame_without_xsave(image: &[u8; SOFTWARE_END]) -> Vec<u8> {
+    let mut frame = image.to_vec();
+    frame[SOFTWARE..].fill(0);
+    frame
+}
+
+/// Whether an image for a signal frame is more than FXSAVE's area.
+pub(crate) fn is_of_xsave(frame: &[u8]) -> bool {
+    frame.len() > SOFTWARE_END
 }
 
 /// Turns an image as ptrace gives it into one for a signal frame, the second
@@ -147,6 +158,17 @@ mod tests {
         let frame = for_signal_frame(&image, component).unwrap();
         assert_eq!(frame[512..520], (3u64 | 1 << 9).to_le_bytes());
         assert_eq!(frame.len(), 2696 + 4);
+    }
+
+    #[test]
+    fn without_xsave_there_is_no_note() {
+        let frame = for_signal_frame_without_xsave(&[0xff; 512]);
+        assert_eq!(frame[..464], [0xff; 464]);
+        assert_eq!(frame[464..], [0; 48]);
+        assert!(!is_of_xsave(&frame));
+        assert!(is_of_xsave(
+            &for_signal_frame(&image(3, 3), component).unwrap()
+        ));
     }
 
     #[test]

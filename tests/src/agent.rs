@@ -21,7 +21,7 @@ use tempfile::TempDir;
 use crate::Node;
 
 /// How long the agent may take until it answers.
-const START: Duration = Duration::from_secs(10);
+const START: Duration = Duration::from_secs(60);
 /// How long it may take for a request.
 const REQUEST: Duration = Duration::from_secs(60);
 

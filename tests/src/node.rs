@@ -139,6 +139,9 @@ pub struct NodeSpec {
     pub cpus: Vec<usize>,
     /// Another worker program than the one that was built with us.
     pub worker: Option<PathBuf>,
+    /// Whether containers have an overlay file system for a root, as Docker's
+    /// have. Of the embedded runtime only.
+    pub overlay_roots: bool,
     /// How long it may take until all workers are ready.
     pub start_within: Duration,
 }
@@ -153,6 +156,7 @@ impl NodeSpec {
             strict_lifetime: false,
             cpus: Vec::new(),
             worker: None,
+            overlay_roots: false,
             start_within: START_WITHIN,
         }
     }
@@ -251,6 +255,7 @@ impl Node {
             strict_lifetime: node.spec.strict_lifetime,
             cpus: node.spec.cpus.clone(),
             worker: node.spec.worker.clone(),
+            overlay_roots: node.spec.overlay_roots,
         }));
         node.ask(&ask, deadline)
             .context("the node does not start")?;

@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use run::{cargo, debug, released};
+use run::{cargo, debug, debug_with_tests, released};
 
 /// Everything that is done with this workspace.
 #[derive(Parser)]
@@ -32,8 +32,13 @@ enum Task {
     /// (`cargo xtask demo --help` lists its options).
     #[command(disable_help_flag = true)]
     Demo(PassedOn),
-    /// Run all tests.
+    /// Run all tests; without arguments for `cargo test`, those on other
+    /// kernels as well (`vm-test --quick`).
     Test(PassedOn),
+    /// Boot Debian's kernels in QEMU and patch under load in them, under many
+    /// conditions (`cargo xtask vm-test --help`).
+    #[command(disable_help_flag = true)]
+    VmTest(PassedOn),
     /// Measure calls and stops side by side (`cargo xtask bench --help`).
     #[command(disable_help_flag = true)]
     Bench(PassedOn),
@@ -57,6 +62,10 @@ impl PassedOn {
     fn asks_for_help(&self) -> bool {
         self.arguments.iter().any(|a| a == "--help" || a == "-h")
     }
+}
+
+fn vm_test(arguments: &[OsString]) -> Result<()> {
+    debug_with_tests("vm_test", arguments, "--stops", "stops")
 }
 
 fn main() -> Result<()> {
@@ -89,7 +98,19 @@ fn main() -> Result<()> {
             cargo(
                 ["test", "--workspace"],
                 passed.arguments.iter().map(OsString::as_os_str),
-            )
+            )?;
+            // Last, and alone: emulated processors are slow enough.
+            if passed.arguments.is_empty() {
+                vm_test(&["--quick".into()])?;
+            }
+            Ok(())
+        }
+        Task::VmTest(passed) => {
+            if passed.asks_for_help() {
+                return debug("vm_test", &passed.arguments);
+            }
+            setup::install(setup::Extent::Machines)?;
+            vm_test(&passed.arguments)
         }
         Task::Coverage(passed) => {
             if !passed.asks_for_help() {

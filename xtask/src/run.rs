@@ -2,7 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
@@ -39,6 +39,42 @@ pub(crate) fn released(program: &str, arguments: &[OsString]) -> Result<()> {
 pub(crate) fn debug(program: &str, arguments: &[OsString]) -> Result<()> {
     cargo(["build", "--workspace", "--bins", "--quiet"], [])?;
     built("debug", program, arguments)
+}
+
+/// Builds everything, the tests called `name` as well, and runs one of the
+/// testbed's programs with those tests' program as `--option PATH`.
+pub(crate) fn debug_with_tests(
+    program: &str,
+    arguments: &[OsString],
+    option: &str,
+    name: &str,
+) -> Result<()> {
+    cargo(["build", "--workspace", "--bins", "--quiet"], [])?;
+    let tests = tests(name)?;
+    let with = [OsString::from(option), tests.into_os_string()];
+    built("debug", program, &[arguments, &with].concat())
+}
+
+/// The program of the tests called `name`, built.
+fn tests(name: &str) -> Result<PathBuf> {
+    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    // Of the whole workspace, as everything else: one set of features.
+    let output = Command::new(program)
+        .current_dir(root())
+        .args(["test", "--workspace", "--no-run", "--quiet"])
+        .args(["--message-format", "json", "--test", name])
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cargo cannot be started")?;
+    if !output.status.success() {
+        bail!("the tests {name} cannot be built ({})", output.status);
+    }
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter(|message| message["target"]["name"] == name)
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .with_context(|| format!("cargo does not say where the tests {name} are"))
 }
 
 fn built(profile: &str, program: &str, arguments: &[OsString]) -> Result<()> {

@@ -42,6 +42,14 @@ const FIXTURES: &[Needed] = &[
     ("locales", "/usr/share/i18n/locales/de_DE"),
 ];
 
+/// For booting kernels: the machine, what takes debugging information out of
+/// programs, and what unpacks modules.
+const MACHINES: &[Needed] = &[
+    ("qemu-system-x86", "/usr/bin/qemu-system-x86_64"),
+    ("binutils", "/usr/bin/strip"),
+    ("xz-utils", "/usr/bin/xz"),
+];
+
 /// Which tasks are to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Extent {
@@ -51,6 +59,8 @@ pub(crate) enum Extent {
     Docker,
     /// `coverage`.
     Fixtures,
+    /// `vm-test`.
+    Machines,
     /// Everything.
     All,
 }
@@ -61,7 +71,8 @@ pub(crate) fn install(extent: Extent) -> Result<()> {
         Extent::Functions => &[BUILD],
         Extent::Docker => &[BUILD, DOCKER],
         Extent::Fixtures => &[BUILD, FIXTURES],
-        Extent::All => &[BUILD, DOCKER, FIXTURES],
+        Extent::Machines => &[BUILD, MACHINES],
+        Extent::All => &[BUILD, DOCKER, FIXTURES, MACHINES],
     };
     let missing: Vec<&str> = parts
         .iter()

@@ -380,7 +380,8 @@ fn http_status(error: &AgentError) -> StatusCode {
     match error {
         AgentError::BadRequest { .. } => StatusCode::BAD_REQUEST,
         AgentError::UnknownFunction { .. } | AgentError::NoSuchPath { .. } => StatusCode::NOT_FOUND,
-        AgentError::Denied { .. } | AgentError::Graft(GraftError::MissingCapability { .. }) => {
+        AgentError::Denied { .. }
+        | AgentError::Graft(GraftError::MissingCapability { .. } | GraftError::TracingForbidden) => {
             StatusCode::FORBIDDEN
         }
         AgentError::AmbiguousFunction { .. }

@@ -4,8 +4,8 @@ use std::cell::Cell;
 use std::time::Instant;
 
 use ptrace_shim::{
-    Address, Error, Memory, Process, Stop, StoppedProcess, StoppedThread, Tid, WriteMethod,
-    stop_all, where_threads_are,
+    Address, Error, Memory, Process, Stop, StoppedProcess, StoppedThread, Tid, stop_all,
+    where_threads_are,
 };
 
 use super::frames::{self, Interrupted, Span, Stack};
@@ -41,13 +41,15 @@ fn foreign(at: u64, expected: &[u8], live: &[u8]) -> Refused {
 }
 
 fn one_go(memory: &Memory, window: &WindowRecord) -> Result<(), ApplyError> {
-    if memory.write_method() == WriteMethod::PokeData
-        && window.address / 8 != (window.end() - 1) / 8
-    {
+    let most = memory.write_method().most_in_one_go();
+    if window.before.len() > most {
         return Err(Refused::NoWindow {
             library: String::new(),
             at: window.address,
-            reason: "the kernel forbids forced writes to /proc/PID/mem, and the window is not within one aligned word".into(),
+            reason: format!(
+                "the kernel forbids forced writes to /proc/PID/mem, and the window of {} bytes is longer than the {most} that ptrace writes in one go",
+                window.before.len()
+            ),
         }
         .into());
     }
@@ -79,9 +81,8 @@ pub(super) fn commit(
         touched,
         |stopped| {
             for store in &plan.stores {
-                stopped
-                    .memory()
-                    .write(Address(store.address), &store.bytes)?;
+                // Some of them are sealed by now.
+                stopped.write_memory(Address(store.address), &store.bytes)?;
             }
             stopped.memory().write(Address(plan.gate), &[1])?;
             for window in &plan.windows {
@@ -314,6 +315,28 @@ mod tests {
             names: Vec::new(),
             cached: None,
         }
+    }
+
+    #[test]
+    fn a_window_is_no_longer_than_what_the_kernel_writes_in_one_go() {
+        use ptrace_shim::WriteMethod;
+        let own = Process::open(std::process::id().cast_signed()).unwrap();
+        let memory = Memory::open_with(&own, WriteMethod::PokeData).unwrap();
+        let of = |length| WindowRecord {
+            address: 0x1003,
+            before: vec![0; length],
+            ..window(true)
+        };
+        one_go(&memory, &of(8)).unwrap();
+        let refused = one_go(&memory, &of(9)).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "the call at +0x1003 cannot be rewritten: the kernel forbids forced writes to \
+             /proc/PID/mem, and the window of 9 bytes is longer than the 8 that ptrace writes in \
+             one go"
+        );
+        let memory = Memory::open_with(&own, WriteMethod::ProcMemTraced).unwrap();
+        one_go(&memory, &of(9)).unwrap();
     }
 
     #[test]

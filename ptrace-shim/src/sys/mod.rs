@@ -1,6 +1,7 @@
 //! The only place of this crate with `unsafe` code: one small file per family
 //! of system calls, each a thin and total wrapper. Meaning is added above.
 
+pub(crate) mod probe;
 pub(crate) mod proc;
 pub(crate) mod ptrace;
 pub(crate) mod sched;

@@ -152,6 +152,27 @@ pub(crate) fn extended_state(tid: Tid, buffer: &mut [u8]) -> Result<usize, Errno
     Ok(vector.iov_len)
 }
 
+/// Length of what FXSAVE writes, in bytes.
+pub(crate) const FXSAVE_LENGTH: usize = 512;
+
+/// Reads the extended state of a thread on a processor without XSAVE.
+pub(crate) fn fxsave_state(tid: Tid) -> Result<[u8; FXSAVE_LENGTH], Errno> {
+    #[repr(C, align(16))]
+    struct Image([u8; FXSAVE_LENGTH]);
+    const { assert!(size_of::<libc::user_fpregs_struct>() == FXSAVE_LENGTH) };
+    let mut image = Image([0; FXSAVE_LENGTH]);
+    // SAFETY: data points to as much as a user_fpregs_struct.
+    unsafe {
+        request(
+            libc::PTRACE_GETFPREGS,
+            tid,
+            null_mut(),
+            (&raw mut image).cast(),
+        )
+    }?;
+    Ok(image.0)
+}
+
 /// Whether the thread has an active shadow stack.
 pub(crate) fn has_shadow_stack(tid: Tid) -> bool {
     let mut pointer = 0u64;
@@ -286,7 +307,7 @@ pub(crate) fn user_dispatch(tid: Tid) -> Result<Option<(u64, u64)>, Errno> {
     }
 }
 
-/// Reads the aligned word at `address`.
+/// Reads the word at `address`, which need not be aligned.
 pub(crate) fn peek(tid: Tid, address: u64) -> Result<u64, Errno> {
     // The C library's wrapper returns the word as its result: only errno tells
     // a word of all ones from a failure.
@@ -307,7 +328,7 @@ pub(crate) fn peek(tid: Tid, address: u64) -> Result<u64, Errno> {
     }
 }
 
-/// Writes the aligned word at `address`, whatever its page's protection.
+/// Writes the word at `address`, which need not be aligned, whatever its page's protection.
 pub(crate) fn poke(tid: Tid, address: u64, word: u64) -> Result<(), Errno> {
     // SAFETY: the address is one in the traced process, and data is the word.
     unsafe {

@@ -252,7 +252,7 @@ fn calls_do_what_they_do() {
         .unwrap();
     let mapped = ptrace_shim::Address(mapped);
     let memory = borrowed.stopped().memory().clone();
-    memory.write(mapped, b"there").unwrap();
+    borrowed.stopped().write_memory(mapped, b"there").unwrap();
     assert_eq!(memory.read_vec(mapped, 5).unwrap(), b"there");
     let maps = subject.process().mappings().unwrap();
     let mapping = maps.iter().find(|map| map.contains(mapped)).unwrap();

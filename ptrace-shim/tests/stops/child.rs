@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 /// Names the role to a subject.
 pub(crate) const ROLE: &str = "PTRACE_SHIM_TEST_ROLE";
 
-/// Longer than anything here takes on a loaded machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+/// Longer than anything here takes on a loaded machine, or on an emulated
+/// processor.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A subject; killed and reaped when dropped.
 pub(crate) struct Subject {

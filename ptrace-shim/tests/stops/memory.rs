@@ -90,7 +90,7 @@ fn at(page: Address, offset: u64) -> Address {
 
 #[test]
 fn code_is_exchanged_and_a_thread_moved_under_load() {
-    for method in [WriteMethod::ProcMem, WriteMethod::PokeData] {
+    for method in [WriteMethod::of_this_kernel(), WriteMethod::PokeData] {
         let (mut subject, page) = code_subject();
         let process = subject.process();
         for round in 0..150 {
@@ -145,20 +145,25 @@ fn code_is_written_in_one_piece_or_not_at_all() {
         )
     );
     stopped.use_poke_data().unwrap();
-    let error = stopped.write_code(at(page, 14), &[0xc3; 3]).unwrap_err();
+    let error = stopped.write_code(at(page, 14), &[0xc3; 9]).unwrap_err();
     assert!(matches!(
         error,
         Error::CodeSpans {
-            unit: "one aligned word",
+            unit: "one word",
             ..
         }
     ));
     assert_eq!(memory.read_vec(page, before.len()).unwrap(), before);
-    stopped.write_code(at(page, 16), &[0xc3; 8]).unwrap();
+    // In one word wherever it begins, at the end of the page as well.
+    stopped.write_code(at(page, 13), &[0xc3; 8]).unwrap();
     stopped.write_code(at(page, 26), &[0x90]).unwrap();
+    stopped
+        .write_code(at(page, PAGE_SIZE - 5), &[0xcc; 5])
+        .unwrap();
     let mut after = before.clone();
-    after[16..24].fill(0xc3);
+    after[13..21].fill(0xc3);
     after[26] = 0x90;
+    after[PAGE_SIZE as usize - 5..PAGE_SIZE as usize].fill(0xcc);
     assert_eq!(memory.read_vec(page, before.len()).unwrap(), after);
 }
 
@@ -178,6 +183,37 @@ fn what_the_process_may_not_write_takes_a_stop_where_force_is_forbidden() {
     let low = Address(stack.start.0 + 64);
     gentle.write(low, b"12345").unwrap();
     assert_eq!(gentle.read_vec(low, 5).unwrap(), b"12345");
+}
+
+#[test]
+fn what_lies_behind_does_not_matter() {
+    let page = PAGE_SIZE as usize;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: a new mapping, and of that the second page.
+    let start = unsafe {
+        let start = libc::mmap(std::ptr::null_mut(), 2 * page, protection, flags, -1, 0);
+        assert_ne!(start, libc::MAP_FAILED);
+        assert_eq!(
+            libc::mprotect(start.byte_add(page), page, libc::PROT_READ),
+            0
+        );
+        Address(start.addr() as u64)
+    };
+    let own = ptrace_shim::Process::open(std::process::id().cast_signed()).unwrap();
+    let gentle = Memory::open_with(&own, WriteMethod::PokeData).unwrap();
+    gentle.write(at(start, PAGE_SIZE - 5), b"12345").unwrap();
+    assert_eq!(
+        gentle.read_vec(at(start, PAGE_SIZE - 5), 5).unwrap(),
+        b"12345"
+    );
+    let error = gentle
+        .write(at(start, PAGE_SIZE - 4), b"12345")
+        .unwrap_err();
+    assert!(
+        matches!(error, Error::ForcedWriteForbidden { .. }),
+        "{error}"
+    );
 }
 
 #[test]

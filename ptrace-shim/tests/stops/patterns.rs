@@ -24,7 +24,8 @@ struct Board {
     _pad_masks: [u64; 16],
     /// Set to end a spin.
     flag: u32,
-    has_avx512: u32,
+    /// What the processor has: 1 for AVX-512, 2 for AVX.
+    features: u32,
     byte: u64,
 }
 
@@ -37,7 +38,7 @@ const _: () = {
     assert!(std::mem::offset_of!(Board, masks) == 6144);
     assert!(std::mem::offset_of!(Board, masks_out) == 6208);
     assert!(std::mem::offset_of!(Board, flag) == 6400);
-    assert!(std::mem::offset_of!(Board, has_avx512) == 6404);
+    assert!(std::mem::offset_of!(Board, features) == 6404);
     assert!(std::mem::offset_of!(Board, byte) == 6408);
 };
 
@@ -53,6 +54,11 @@ global_asm!(
     ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15",
     "mov rax, [rdi + 624 + 8*\\i]",
     "mov [rsp - 8 - 8*\\i], rax",
+    "movdqu xmm\\i, [rdi + 32*\\i]",
+    ".endr",
+    "test dword ptr [rdi + 6404], 2",
+    "jz 7f",
+    ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15",
     "vmovdqu ymm\\i, [rdi + 32*\\i]",
     ".endr",
     "test dword ptr [rdi + 6404], 1",
@@ -96,9 +102,15 @@ global_asm!(
     ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15",
     "mov rax, [rsp - 8 - 8*\\i]",
     "mov [rdi + 1648 + 8*\\i], rax",
+    "movdqu [rdi + 1024 + 32*\\i], xmm\\i",
+    ".endr",
+    "test dword ptr [rdi + 6404], 2",
+    "jz 7f",
+    ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15",
     "vmovdqu [rdi + 1024 + 32*\\i], ymm\\i",
     ".endr",
     "vzeroupper",
+    "7:",
     "pop rdi",
     "pop r15",
     "pop r14",
@@ -134,19 +146,22 @@ unsafe extern "C" {
     fn shim_test_read(board: *mut Board);
 }
 
-/// Whether this machine can play the game: AVX at least.
 fn board(seed: u64) -> Box<Board> {
-    assert!(is_x86_feature_detected!("avx"));
     let mut next = seed;
     let mut pattern = || {
         next = next.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(1);
         next
     };
     let zmm: [[u64; 8]; 32] = std::array::from_fn(|_| std::array::from_fn(|_| pattern()));
+    let avx = is_x86_feature_detected!("avx");
+    // Without AVX the upper halves are neither loaded nor stored.
+    let width = if avx { 4 } else { 2 };
     let avx512 = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
     Box::new(Board {
         // The lower halves, where there is more.
-        ymm: std::array::from_fn(|i| std::array::from_fn(|j| zmm[i][j])),
+        ymm: std::array::from_fn(|i| {
+            std::array::from_fn(|j| if j < width { zmm[i][j] } else { 0 })
+        }),
         general: std::array::from_fn(|_| pattern()),
         red_zone: std::array::from_fn(|_| pattern()),
         _pad: [0; 34],
@@ -160,7 +175,7 @@ fn board(seed: u64) -> Box<Board> {
         masks_out: [0; 8],
         _pad_masks: [0; 16],
         flag: 0,
-        has_avx512: u32::from(avx512),
+        features: u32::from(avx512) | u32::from(avx) << 1,
         byte: 0,
     })
 }
@@ -180,7 +195,7 @@ impl Board {
         same("general registers", &self.general_out, &self.general)?;
         same("red zone", &self.red_zone_out, &self.red_zone)?;
         same("ymm", &self.ymm_out, &self.ymm)?;
-        if self.has_avx512 != 0 {
+        if self.features & 1 != 0 {
             same("zmm", &self.zmm_out, &self.zmm)?;
             same("masks", &self.masks_out[1..], &self.masks[1..])?;
         }

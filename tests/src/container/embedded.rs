@@ -28,7 +28,12 @@ use super::{Container, ContainerSpec, Runtime, enter, rootfs};
 use crate::sys::process::{Side, exit_now, fork_into};
 
 /// How long a container may take to become one.
-const ENTER_WITHIN: Duration = Duration::from_secs(10);
+const ENTER_WITHIN: Duration = Duration::from_secs(60);
+
+/// The layers of an overlay root, beside it.
+pub(super) const LOWER: &str = "lower";
+pub(super) const UPPER: &str = "upper";
+pub(super) const WORK: &str = "work";
 
 /// The runtime that needs nothing installed. It must run in a process of one
 /// thread, and needs the rights of root.
@@ -46,7 +51,16 @@ impl Runtime for Embedded {
     fn start(&mut self, spec: &ContainerSpec) -> Result<Box<dyn Container>> {
         let root = spec.dir.join("root");
         fs::create_dir(&root)?;
-        rootfs::build(&root, &spec.files)?;
+        if spec.overlay_root {
+            // The image is the lower layer; the root is mounted from inside.
+            let lower = spec.dir.join(LOWER);
+            for layer in [LOWER, UPPER, WORK] {
+                fs::create_dir(spec.dir.join(layer))?;
+            }
+            rootfs::build(&lower, &spec.files)?;
+        } else {
+            rootfs::build(&root, &spec.files)?;
+        }
         let cgroup = Cgroup::create(&spec.id, spec.memory_limit).context("cgroup")?;
         let (mut ours, mut theirs) = UnixStream::pair()?;
         ours.set_read_timeout(Some(ENTER_WITHIN))?;

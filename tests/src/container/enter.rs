@@ -16,6 +16,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{chdir, execve, pivot_root, sethostname, setsid};
 
+use super::embedded::{LOWER, UPPER, WORK};
 use super::{ContainerSpec, seccomp};
 use crate::sys::process;
 
@@ -127,7 +128,18 @@ fn mounts(spec: &ContainerSpec, root: &Path) -> Result<()> {
         MsFlags::MS_REC | MsFlags::MS_PRIVATE,
         None::<&str>,
     )?;
-    bind(root, root)?;
+    if spec.overlay_root {
+        let layer = |name: &str| spec.dir.join(name).display().to_string();
+        let layers = format!(
+            "lowerdir={},upperdir={},workdir={}",
+            layer(LOWER),
+            layer(UPPER),
+            layer(WORK)
+        );
+        fresh("overlay", root, MsFlags::empty(), Some(&layers))?;
+    } else {
+        bind(root, root)?;
+    }
     let secure = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     let dev = root.join("dev");
     fresh(

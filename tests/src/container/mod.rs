@@ -83,6 +83,8 @@ pub struct ContainerSpec {
     pub oddities: Oddities,
     /// Processors that it is confined to; empty for all.
     pub cpus: Vec<usize>,
+    /// Whether its root is an overlay file system. Docker's is anyhow.
+    pub overlay_root: bool,
 }
 
 /// A running container. Dropping it ends it and all that is in it.

@@ -44,6 +44,8 @@ pub struct KeeperSpec {
     pub cpus: Vec<usize>,
     /// Another worker program than the one beside the other programs.
     pub worker: Option<PathBuf>,
+    /// Whether containers have an overlay file system for a root.
+    pub overlay_roots: bool,
 }
 
 /// One function of a node.

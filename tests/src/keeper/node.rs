@@ -21,7 +21,7 @@ use crate::gateway::ports_in;
 use crate::sys::process;
 
 /// How long a process may take to say that it is ready.
-const READY_WITHIN: Duration = Duration::from_secs(15);
+const READY_WITHIN: Duration = Duration::from_secs(60);
 
 /// A process that is killed when this is dropped.
 struct Process(Child);
@@ -170,6 +170,7 @@ impl Node {
             memory_limit: function.memory_limit,
             oddities: function.oddities,
             cpus: self.spec.cpus.clone(),
+            overlay_root: self.spec.overlay_roots,
         })?;
         Ok(Deployed {
             function,
