@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use crate::api::{Proof, ProofVerdict};
 use crate::grafter::{
-    CalleeState, EdgeCounters, GraftError, GraftStatus, Grafter, Target, WorkerStatus,
+    CalleeState, EdgeCounters, GraftError, GraftStatus, Grafter, RpcReasons, Target, WorkerStatus,
 };
 
 /// How often a watched worker is looked at.
@@ -85,7 +85,11 @@ pub fn judge(before: &EdgeCounters, now: Option<&GraftStatus>, at_bound: bool) -
     if !at_bound {
         return Judgement::Wait;
     }
-    if moved.fused == 0 && moved.rpc == 0 && now.state != CalleeState::Initialising {
+    if moved.fused == 0
+        && moved.rpc == 0
+        && moved.elsewhere == 0
+        && now.state != CalleeState::Initialising
+    {
         return Judgement::Idle;
     }
     Judgement::Failed(match now.state {
@@ -97,7 +101,7 @@ pub fn judge(before: &EdgeCounters, now: Option<&GraftStatus>, at_bound: bool) -
         }
         state => format!(
             "{} calls passed the site and none ran fused ({})",
-            moved.rpc,
+            moved.rpc.saturating_add(moved.elsewhere),
             if state == CalleeState::Armed {
                 "the initialisers have not started".to_owned()
             } else {
@@ -113,6 +117,9 @@ struct Movement {
     fused: u64,
     errors: u64,
     rpc: u64,
+    /// Calls at any site of the worker that went to something else than the
+    /// RPC. With none of the edge's own they say that its site is none.
+    elsewhere: u64,
 }
 
 impl Movement {
@@ -121,18 +128,18 @@ impl Movement {
             fused: now.fused_calls.saturating_sub(before.fused_calls),
             errors: now.fused_errors.saturating_sub(before.fused_errors),
             rpc: rpc_calls(now).saturating_sub(rpc_calls(before)),
+            elsewhere: now.rpc.other_target.saturating_sub(before.rpc.other_target),
         }
     }
 }
 
 /// Calls of this edge that took the RPC. Calls of other callees through the
-/// same site are not its own.
+/// same site are not its own, and what goes elsewhere is nobody's.
 #[must_use]
 pub fn rpc_calls(counters: &EdgeCounters) -> u64 {
     let rpc = &counters.rpc;
     [
         rpc.gate_off,
-        rpc.other_target,
         rpc.not_ready,
         rpc.busy,
         rpc.other_thread,
@@ -178,6 +185,26 @@ fn reasons(before: &EdgeCounters, now: &EdgeCounters) -> String {
 #[must_use]
 pub fn edge<'a>(status: Option<&'a WorkerStatus>, callee: &str) -> Option<&'a GraftStatus> {
     status?.grafts.iter().find(|graft| graft.callee == callee)
+}
+
+/// The counters of the edge to `callee` as they are before a patch: zero where
+/// there is no such edge yet, but for what is counted for the whole worker.
+#[must_use]
+pub fn baseline(status: Option<&WorkerStatus>, callee: &str) -> EdgeCounters {
+    if let Some(graft) = edge(status, callee) {
+        return graft.counters.clone();
+    }
+    let any = status.and_then(|status| status.grafts.first());
+    let common = any.map(|graft| graft.counters.rpc.clone());
+    let common = common.unwrap_or_default();
+    EdgeCounters {
+        rpc: RpcReasons {
+            other_name: common.other_name,
+            other_target: common.other_target,
+            ..RpcReasons::default()
+        },
+        ..EdgeCounters::default()
+    }
 }
 
 /// A worker that was patched.
@@ -341,6 +368,31 @@ mod tests {
         let mut now = reading(CalleeState::Armed, 0, 0);
         now.counters.rpc.other_name = 1_000;
         assert_eq!(judged(&now, true), Judgement::Idle);
+    }
+
+    #[test]
+    fn what_went_elsewhere_before_the_patch_is_no_traffic_of_a_new_edge() {
+        let mut other = reading(CalleeState::Ready, 5, 2);
+        other.counters.rpc.other_target = 30;
+        other.counters.rpc.other_thread = 40;
+        other.callee = "Qux".to_owned();
+        let status = WorkerStatus {
+            pid: 1,
+            bridge_version: 1,
+            mapped_bytes: 0,
+            grafts: vec![other],
+        };
+        let before = baseline(Some(&status), "Bar");
+        let mut now = reading(CalleeState::Armed, 0, 0);
+        now.counters.rpc.other_target = 30;
+        assert_eq!(judge(&before, Some(&now), true), Judgement::Idle);
+        // More of it, and none of its own: its site is no RPC.
+        now.counters.rpc.other_target = 31;
+        assert!(matches!(
+            judge(&before, Some(&now), true),
+            Judgement::Failed(why) if why.starts_with("1 calls passed the site")
+        ));
+        assert_eq!(rpc_calls(&now.counters), 0);
     }
 
     #[test]

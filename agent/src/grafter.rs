@@ -149,4 +149,8 @@ pub trait Grafter: Send + Sync {
     /// As [`Grafter::status`]; [`GraftError::Failed`] where the edge is not
     /// there.
     fn set_gate(&self, caller: &Target, callee_name: &str, on: bool) -> Result<(), GraftError>;
+
+    /// Lets go of memory that was kept for later and that nobody has used for
+    /// a while; called now and then.
+    fn tidy(&self) {}
 }

@@ -7,6 +7,7 @@ use std::io::ErrorKind;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use nightgraft_patcher::analyses::Analyses;
 use nightgraft_patcher::apply::{ApplyError, Limits};
 use nightgraft_patcher::session::{self, Failure, Function};
 use nightgraft_patcher::snapshot::SnapshotError;
@@ -23,6 +24,7 @@ pub struct Live {
     /// Control memories of workers that were patched for the first time, until
     /// they are held; by pid and start time.
     controls: Mutex<HashMap<(i32, u64), File>>,
+    analyses: Analyses,
 }
 
 fn function(target: &Target) -> Function<'_> {
@@ -41,8 +43,14 @@ impl Grafter for Live {
         callee_name: &str,
         allowed: Allowance,
     ) -> Result<Explained, GraftError> {
-        let plan = session::explain(function(caller), function(callee), callee_name, allowed)
-            .map_err(|failure| failed(failure, &[caller, callee]))?;
+        let plan = session::explain(
+            function(caller),
+            function(callee),
+            callee_name,
+            allowed,
+            &self.analyses,
+        )
+        .map_err(|failure| failed(failure, &[caller, callee]))?;
         let text = plan.render();
         let refused = plan.refusal();
         match serde_json::to_value(&plan) {
@@ -69,6 +77,7 @@ impl Grafter for Live {
             function(callee),
             callee_name,
             allowed,
+            &self.analyses,
             &self.limits,
         )
         .map(|applied| {
@@ -102,6 +111,10 @@ impl Grafter for Live {
         let id =
             session::build_id(function(worker)).map_err(|failure| failed(failure, &[worker]))?;
         Ok((!id.is_empty()).then_some(id))
+    }
+
+    fn tidy(&self) {
+        self.analyses.tidy();
     }
 
     fn set_gate(&self, caller: &Target, callee_name: &str, on: bool) -> Result<(), GraftError> {

@@ -12,6 +12,7 @@
 //!                          └─► Refused { code, reason, lift }
 //! ```
 
+pub mod analyses;
 pub mod apply;
 pub mod code;
 pub mod effects;

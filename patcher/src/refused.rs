@@ -169,6 +169,35 @@ refusals! {
         callee: String,
     } = "different-library", "{library} is {callee} in the callee's worker but {caller} in the caller's",
         "build both containers from the same base image";
+    /// The callee's worker runs on another C library than the caller's.
+    OtherLibc {
+        /// The callee's library.
+        library: String,
+        /// The callee's worker's C library.
+        callee: String,
+        /// The caller's worker's.
+        caller: String,
+    } = "other-libc", "{library} runs on the C library {callee}, and the caller's worker on {caller}",
+        "build both containers on the same C library";
+    /// A library that caller and callee would share is older in the caller's
+    /// worker than what the callee wants of it.
+    TooOld {
+        /// The callee's library.
+        library: String,
+        /// The symbol that it wants, with its version.
+        symbol: String,
+        /// The caller's library.
+        provider: String,
+    } = "too-old", "{library} wants {symbol}, which {provider} of the caller's worker does not have",
+        "build the caller's container from a base image that is as new as the callee's";
+    /// A worker, or what it runs, is not for 64-bit x86-64 Linux.
+    OtherMachine {
+        /// The file.
+        library: String,
+        /// What differs.
+        what: String,
+    } = "other-machine", "{library} is not for 64-bit x86-64 Linux: {what}",
+        "build it for x86-64";
     /// A symbol that the callee imports is nowhere in its scope.
     UnresolvedSymbol {
         /// The callee's library.

@@ -25,9 +25,11 @@ pub enum CalleeState {
 pub struct RpcReasons {
     /// The gate was off.
     pub gate_off: u64,
-    /// The name was of no fused callee.
+    /// The name was of no fused callee. Counted for the worker, as none of the
+    /// edge's.
     pub other_name: u64,
-    /// The call's target was not the worker's `invoke_func`.
+    /// The call's target was not the worker's `invoke_func`. Counted for the
+    /// worker, whatever the site.
     pub other_target: u64,
     /// The callee was not ready (yet).
     pub not_ready: u64,

@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
+use crate::analyses::Analyses;
 use crate::apply::{self, Applied, ApplyError, Limits};
-use crate::code::{CodeMap, Live};
+use crate::code::Live;
 use crate::effects::Allowance;
-use crate::elf::Image;
+use crate::elf::{ElfError, Image};
 use crate::held::Held;
 use crate::manifest::{self, FindError, Present};
 use crate::plan::{self, Input, PatchPlan};
@@ -44,6 +45,13 @@ impl From<SnapshotError> for Failure {
             SnapshotError::Replaced { pid, path } => {
                 Failure::Refused(Refused::Replaced { path, pid })
             }
+            SnapshotError::Elf {
+                path,
+                source: ElfError::Foreign { what },
+            } => Failure::Refused(Refused::OtherMachine {
+                library: path,
+                what,
+            }),
             SnapshotError::Elf { path, source } => Failure::Refused(Refused::BrokenImage {
                 library: path,
                 reason: source.to_string(),
@@ -124,9 +132,10 @@ pub fn explain(
     callee: Function<'_>,
     name: &str,
     allowed: Allowance,
+    analyses: &Analyses,
 ) -> Result<PatchPlan, Failure> {
     let callee = callee.read()?;
-    planned(caller, &callee, name, allowed)
+    planned(caller, &callee, name, allowed, analyses)
 }
 
 fn planned(
@@ -134,17 +143,18 @@ fn planned(
     callee: &Worker,
     name: &str,
     allowed: Allowance,
+    analyses: &Analyses,
 ) -> Result<PatchPlan, Failure> {
     let caller = caller.read()?;
     apply::foresee_calls(caller.pid)?;
     if room::is_frozen(caller.pid) {
         return Err(Failure::Refused(Refused::Frozen { pid: caller.pid }));
     }
-    let code: CodeMap = plan::analyse(caller.function())?;
+    let code = plan::analyse(caller.function(), analyses)?;
     let memory = ProcMemory::open(caller.pid)?;
     let present = manifest::find(caller.pid, caller.start_time, &caller.maps, &memory)?;
     let bridge = bridge()?;
-    let invoke = routine(&caller, &memory);
+    let invoke = routine(&caller, &memory, analyses);
     let live = LiveWorker {
         maps: &caller.maps,
         memory: &memory,
@@ -161,12 +171,13 @@ fn planned(
         invoke: &invoke,
         live: &live,
         allowed,
+        analyses,
     })?)
 }
 
 /// The worker's own `invoke_func`.
-fn routine(worker: &Worker, memory: &dyn Memory) -> Result<u64, Refused> {
-    match invoke_routines(worker, memory).as_slice() {
+fn routine(worker: &Worker, memory: &dyn Memory, analyses: &Analyses) -> Result<u64, Refused> {
+    match invoke_routines(worker, memory, analyses).as_slice() {
         [one] => Ok(*one),
         several => Err(Refused::NoInvokeRoutine {
             executable: worker.executable().path.clone(),
@@ -214,12 +225,13 @@ pub fn patch(
     callee: Function<'_>,
     name: &str,
     allowed: Allowance,
+    analyses: &Analyses,
     limits: &Limits,
 ) -> Result<Applied, Failure> {
     let callee = callee.read()?;
     let mut tries = 1;
     loop {
-        let plan = planned(caller, &callee, name, allowed)?;
+        let plan = planned(caller, &callee, name, allowed, analyses)?;
         if let Some(refused) = plan.refusal() {
             return Err(Failure::Refused(refused));
         }

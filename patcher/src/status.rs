@@ -22,7 +22,6 @@ pub fn status(present: &Present, memory: &dyn Memory) -> Result<WorkerStatus, Sn
     let common = RpcReasons {
         other_name: common(offset_of!(Control, other_name))?,
         other_target: common(offset_of!(Control, other_target))?,
-        other_thread: common(offset_of!(Control, other_thread))?,
         ..RpcReasons::default()
     };
     let mut grafts = Vec::new();
@@ -138,6 +137,7 @@ fn counters(
             busy: read(offset_of!(SharedEdge, rpc_busy))?,
             stack: read(offset_of!(SharedEdge, rpc_stack))?,
             memory: read(offset_of!(SharedEdge, rpc_memory))?,
+            other_thread: read(offset_of!(SharedEdge, rpc_thread))?,
             ..common.clone()
         },
         fused_ns_mean: (samples > 0)

@@ -11,12 +11,19 @@ mod build;
 #[path = "loader/host.rs"]
 mod host;
 
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+
 use build::{ABI, ALONE, Library};
 use host::Host;
 use nightgraft_patcher::Refused;
+use nightgraft_patcher::analyses::Analyses;
 use nightgraft_patcher::effects::{Allowance, Library as Effective, effects};
-use nightgraft_patcher::load::{self, Given, GivenTls, Loaded, Place, Scope};
-use nightgraft_patcher::snapshot::{Memory as _, ProcMemory};
+use nightgraft_patcher::elf::{Image, Symbol};
+use nightgraft_patcher::load::{self, Given, GivenTls, Loaded, Meaning, Place, Scope};
+use nightgraft_patcher::session::{self, Failure, Function};
+use nightgraft_patcher::snapshot::{Map, Memory as _, ProcMemory, Worker};
 
 const BASE: u64 = 0x7f12_3456_7000;
 const GIVEN: Given = Given {
@@ -226,7 +233,7 @@ fn damaged_libraries_are_refused_or_loaded_but_survived() {
         for value in [0, 1, 0x7f, 0x80, 0xff] {
             let mut bytes = whole.clone();
             bytes[at] = value;
-            let Ok(image) = nightgraft_patcher::elf::Image::parse(bytes.into()) else {
+            let Ok(image) = Image::parse(bytes.into()) else {
                 refused += 1;
                 continue;
             };
@@ -515,7 +522,7 @@ fn a_library_that_was_replaced_on_disk_is_known_by_its_code_or_its_build_id() {
 #[test]
 fn arguments_are_read_as_they_were_given() {
     let library = Library::new(ABI, &[]);
-    let nothing = std::path::Path::new("");
+    let nothing = Path::new("");
     let host = Host::start(&[], &[nothing, &library.path, nothing]);
     let worker = host.read(&library.path).unwrap();
     let path = library.path.to_str().unwrap().as_bytes();
@@ -543,7 +550,7 @@ fn every_library_of_this_machine_is_read() {
             if !bytes.starts_with(b"\x7fELF") {
                 continue; // a linker script
             }
-            let image = nightgraft_patcher::elf::Image::parse(bytes.into())
+            let image = Image::parse(bytes.into())
                 .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
             let span = image.high() - image.low();
             assert!(span > 0 && !image.dynamic.relocations.is_empty(), "{name}");
@@ -552,4 +559,203 @@ fn every_library_of_this_machine_is_read() {
         }
     }
     assert!(read > 10, "only {read} libraries found");
+}
+
+/// A worker whose C library is another build: the same but for this change.
+fn rebuilt(worker: &Worker, change: impl Fn(&mut Image)) -> Worker {
+    let mut worker = worker.clone();
+    let libc = worker.modules.iter_mut();
+    let libc = { libc }.find(|m| m.short_name() == "libc.so.6").unwrap();
+    let mut image = libc.image.as_ref().clone();
+    let mut bytes = image.bytes.to_vec();
+    *bytes.last_mut().unwrap() ^= 1;
+    image.bytes = bytes.into();
+    image.build_id = Some(vec![7; 20]);
+    change(&mut image);
+    libc.image = Arc::new(image);
+    worker
+}
+
+/// What the callee's import of this name means.
+fn meaning(scope: &Scope, name: &str) -> Result<Meaning, Refused> {
+    let symbols = &scope.images()[0].image.symbols;
+    let index = symbols.iter().position(|s| s.name == name).unwrap();
+    scope.meaning(0, index as u32, false)
+}
+
+#[test]
+fn another_build_of_a_versioned_library_is_bound_by_version() {
+    let library = Library::new(
+        &format!("#include <unistd.h>\n{ABI} int (*pid)(void) = getpid;"),
+        &[],
+    );
+    let host = Host::start(&[], &[&library.path]);
+    let worker = host.read(&library.path).unwrap();
+    let same = Scope::new(&worker, &worker).unwrap();
+    let Ok(Meaning::At(here)) = meaning(&same, "getpid") else {
+        panic!("{:?}", meaning(&same, "getpid"));
+    };
+    let each = |name: &str, change: &dyn Fn(&mut Symbol)| {
+        rebuilt(&worker, |image| {
+            let all = image.symbols.iter_mut();
+            all.filter(|s| s.name == name).for_each(change);
+        })
+    };
+    let moved = each("getpid", &|s| s.value += 0x40);
+    let scope = Scope::new(&moved, &worker).unwrap();
+    assert_eq!(meaning(&scope, "getpid"), Ok(Meaning::At(here + 0x40)));
+    assert_eq!(
+        scope.library_function("getpid"),
+        Ok(Meaning::At(here + 0x40))
+    );
+    // An older one: it has the name, but not in the version that is wanted.
+    for version in ["GLIBC_2.0", "GLIBC_PRIVATE"] {
+        let old = each("getpid", &|s| s.version = Some(version.into()));
+        let refused = meaning(&Scope::new(&old, &worker).unwrap(), "getpid").unwrap_err();
+        assert_eq!(refused.code(), "too-old");
+        let text = refused.to_string();
+        assert!(
+            text.contains("getpid@GLIBC_2.2.5") && text.contains("libc.so.6"),
+            "{text}"
+        );
+    }
+    // What promises nothing is not shared, even where both have it.
+    let private = |worker: &Worker| {
+        let mut worker = rebuilt(worker, |image| {
+            let all = image.symbols.iter_mut();
+            all.filter(|s| s.name == "getpid")
+                .for_each(|s| s.version = Some("GLIBC_PRIVATE".into()));
+        });
+        let library = worker.library;
+        let module = &mut worker.modules[library];
+        let mut image = module.image.as_ref().clone();
+        let all = image.symbols.iter_mut();
+        all.filter(|s| s.name == "getpid")
+            .for_each(|s| s.version = Some("GLIBC_PRIVATE".into()));
+        module.image = Arc::new(image);
+        worker
+    };
+    let callee = private(&worker);
+    let caller = rebuilt(&callee, |image| image.build_id = Some(vec![8; 20]));
+    let refused = meaning(&Scope::new(&caller, &callee).unwrap(), "getpid").unwrap_err();
+    assert_eq!(refused.code(), "too-old");
+}
+
+#[test]
+fn another_executable_is_no_obstacle_where_it_only_stands_in_for_a_library() {
+    let library = Library::new(
+        &format!(
+            "#include <stdio.h>\n{ABI} FILE **out = &stdout; int mine(void); int (*m)(void) = mine;"
+        ),
+        &[],
+    );
+    // Without -fPIE it copies what it uses of the C library.
+    let provides = ["-fno-pie", "-no-pie", "-include", "stdio.h", "-rdynamic"];
+    let with = [
+        &provides[..],
+        &["-Dmain=mine(void){fflush(stdout);return 7;}int/**/main"],
+    ]
+    .concat();
+    let one = Host::start(&with, &[&library.path]);
+    let two = Host::start(&[&with[..], &["-O2"]].concat(), &[&library.path]);
+    let (caller, callee) = (
+        one.read(&library.path).unwrap(),
+        two.read(&library.path).unwrap(),
+    );
+    let executable = caller.executable();
+    let copies = &executable.image.symbols;
+    let copy = copies.iter().find(|s| s.name == "stdout").unwrap();
+    assert!(!copy.undefined(), "a copy");
+    let scope = Scope::new(&caller, &callee).unwrap();
+    assert_eq!(
+        meaning(&scope, "stdout"),
+        Ok(Meaning::At(copy.value.wrapping_add(executable.bias)))
+    );
+    // What is its own is another's.
+    let refused = meaning(&scope, "mine").unwrap_err();
+    assert_eq!(refused.code(), "different-library");
+}
+
+/// What fusing the function of `callee` into `caller` is refused for.
+fn refusal(caller: &Host, callee: i32, libraries: [&Path; 2]) -> Refused {
+    let function = |pid: i32, library| Function {
+        pid,
+        start_time: Map::all(pid).unwrap().0,
+        library,
+    };
+    let planned = session::explain(
+        function(caller.pid(), libraries[0]),
+        function(callee, libraries[1]),
+        "Bar",
+        Allowance::default(),
+        &Analyses::default(),
+    );
+    match planned {
+        Err(Failure::Refused(refused)) => refused,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// One that calls another function, so that its sites are no obstacle.
+const CALLER: &str = r#"
+    typedef int (*invoke)(void *, const char *, const char *, unsigned long, const char **,
+                          unsigned long *);
+    static invoke call; static void *context;
+    int faas_init(void) { return 0; }
+    int faas_create_func_worker(void *c, invoke i, void *a, void **h) {
+        call = i; context = c; *h = 0; return 0;
+    }
+    int faas_destroy_func_worker(void *h) { return 0; }
+    int faas_func_call(void *h, const char *in, unsigned long n) {
+        const char *out; unsigned long length;
+        return call(context, "Bar", in, n, &out, &length) + (int)length;
+    }
+"#;
+
+#[test]
+fn a_worker_on_another_c_library_is_refused() {
+    let caller = Library::new(CALLER, &[]);
+    let callee = Library::build("musl-gcc", "c", ABI, &[]);
+    let one = Host::start(&[], &[&caller.path]);
+    let other = Host::compiled("musl-gcc", &[], &[&callee.path]);
+    let refused = refusal(&one, other.pid(), [&caller.path, &callee.path]);
+    assert_eq!(refused.code(), "other-libc");
+    let text = refused.to_string();
+    assert!(
+        text.contains("musl") && text.contains("libc.so.6"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_worker_of_another_machine_is_refused() {
+    let caller = Library::new(CALLER, &[]);
+    let one = Host::start(&[], &[&caller.path]);
+    let folder = tempfile::tempdir().unwrap();
+    let (source, program) = (
+        folder.path().join("a.s"),
+        folder.path().join("func_worker_v1"),
+    );
+    std::fs::write(
+        &source,
+        ".globl _start\n_start: mov $29, %eax\nint $0x80\njmp _start\n",
+    )
+    .unwrap();
+    let done = Command::new("gcc")
+        .args(["-m32", "-nostdlib", "-static", "-o"])
+        .args([&program, &source])
+        .status()
+        .unwrap();
+    assert!(done.success());
+    let mut other = Command::new(&program).spawn().unwrap();
+    let pid = i32::try_from(other.id()).unwrap();
+    // It has its program once it has left this one's.
+    while std::fs::read_link(format!("/proc/{pid}/exe")).unwrap() != program {
+        std::thread::yield_now();
+    }
+    let refused = refusal(&one, pid, [&caller.path, Path::new("/libbar.so")]);
+    other.kill().unwrap();
+    other.wait().unwrap();
+    assert_eq!(refused.code(), "other-machine");
+    assert!(refused.to_string().contains("func_worker_v1"), "{refused}");
 }

@@ -7,6 +7,7 @@
 
 use crate::error::{Error, Result};
 use std::cell::Cell;
+use std::time::{Duration, Instant};
 
 thread_local! {
     static CURRENT: Cell<bool> = const { Cell::new(false) };
@@ -19,6 +20,9 @@ thread_local! {
 /// so return soon after an [`Error::Timeout`]. Outside of such a thread the
 /// failing operation itself waits up to 5 s more for it.
 ///
+/// When this returns, the OS thread is gone for the kernel too: nobody is
+/// traced by it any more.
+///
 /// A panic in `work` goes on in the caller.
 ///
 /// # Errors
@@ -29,7 +33,8 @@ pub fn tracer_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result
             .name("nightgraft-stop".to_owned())
             .spawn_scoped(scope, || {
                 CURRENT.set(true);
-                work()
+                let result = work();
+                (nix::unistd::gettid(), result)
             })
             .map_err(|error| Error::Setup {
                 pid: crate::Pid::from_raw(0),
@@ -38,11 +43,30 @@ pub fn tracer_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result
                     .raw_os_error()
                     .map_or(nix::errno::Errno::EAGAIN, nix::errno::Errno::from_raw),
             })?;
-        match thread.join() {
-            Ok(result) => result,
+        let (tid, result) = match thread.join() {
+            Ok(done) => done,
             Err(panic) => std::panic::resume_unwind(panic),
-        }
+        };
+        await_end(tid);
+        result
     })
+}
+
+/// Waits until the kernel has taken an OS thread apart: it wakes who joins a
+/// thread before it lets go of the thread's tracees.
+fn await_end(tid: nix::unistd::Pid) {
+    const LONGEST: Duration = Duration::from_secs(5);
+    let entry = format!("/proc/self/task/{tid}");
+    let since = Instant::now();
+    let mut pause = Duration::from_micros(20);
+    while std::path::Path::new(&entry).exists() {
+        if since.elapsed() > LONGEST {
+            tracing::warn!(%tid, "the tracing thread does not end");
+            return;
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(1));
+    }
 }
 
 /// Whether the calling OS thread is one of these.

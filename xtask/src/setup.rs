@@ -31,6 +31,7 @@ const FIXTURES: &[Needed] = &[
     ("bolt-16", "/usr/bin/llvm-bolt-16"),
     ("patchelf", "/usr/bin/patchelf"),
     ("musl-tools", "/usr/bin/musl-gcc"),
+    ("libc6-amd64-cross", "/usr/x86_64-linux-gnu/lib/libc.so.6"),
     ("libssl-dev", "/usr/include/openssl/evp.h"),
     ("zlib1g-dev", "/usr/include/zlib.h"),
     ("libsqlite3-dev", "/usr/include/sqlite3.h"),

@@ -36,6 +36,9 @@ Files:
 
 Needs root; in a container --pid=host and --cap-add SYS_PTRACE.";
 
+/// How often memory is looked at that nobody may need any more.
+const TIDY: Duration = Duration::from_secs(60);
+
 /// How long running requests may take to end once the agent is to stop.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -121,11 +124,19 @@ fn run(args: Args) -> anyhow::Result<()> {
         watch.clone(),
     )
     .context("can't start the driver")?;
+    let tidied = grafter.clone();
     let agent = Agent::new(grafter, handle, proc_root, Some(docker), policy, watch);
     let served = runtime.block_on(async {
         let listener = UnixListener::from_std(listener).context("can't listen")?;
         let mut terminate = signal(SignalKind::terminate()).context("can't catch SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("can't catch SIGINT")?;
+        tokio::spawn(async move {
+            let mut now = tokio::time::interval(TIDY);
+            loop {
+                now.tick().await;
+                tidied.tidy();
+            }
+        });
         tracing::info!(socket = %args.socket.display(), "serving");
         let (stopping, mut stopped) = tokio::sync::watch::channel(false);
         let stop = async move {

@@ -310,9 +310,7 @@ impl Edge<'_> {
                 }
                 .into());
             }
-            if let Some(graft) = graft {
-                one.before = graft.counters.clone();
-            }
+            one.before = canary::baseline(status.as_ref(), &self.name);
             // The plan is the same for the same build; the first is made
             // anyway, when the canary is patched.
             let build = self.context.grafter.build_id(target).ok();

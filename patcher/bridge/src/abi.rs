@@ -20,7 +20,7 @@ use crate::state::CLibrary;
 /// First bytes of a [`Control`] area.
 pub const MAGIC: [u8; 8] = *b"NGRAFT\0\x01";
 /// Version of every layout in this module; an agent refuses others.
-pub const BRIDGE_VERSION: u32 = 2;
+pub const BRIDGE_VERSION: u32 = 3;
 /// The memfd's name, as `/proc/PID/maps` shows it behind `/memfd:`.
 pub const CONTROL_NAME: &str = "nightgraft";
 /// Callees that one worker can hold.
@@ -208,6 +208,9 @@ pub struct SharedEdge {
     pub rpc_stack: AtomicU64,
     /// … because the output arena was over its budget.
     pub rpc_memory: AtomicU64,
+    /// … because they came from another thread than the worker's. Several
+    /// threads may count at once.
+    pub rpc_thread: AtomicU64,
 }
 
 /// Of how many fused calls one is timed.
@@ -255,8 +258,6 @@ pub struct Control {
     pub other_name: AtomicU64,
     /// Calls that passed a site with another target than `invoke_func`.
     pub other_target: AtomicU64,
-    /// Calls that passed a site on another thread than the worker's.
-    pub other_thread: AtomicU64,
     /// One per graft, by [`Graft::index`].
     pub edges: [SharedEdge; MAX_GRAFTS],
     /// Calls of known callees that came through the entry of the worker's own

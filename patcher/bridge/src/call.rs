@@ -66,12 +66,12 @@ pub(crate) unsafe extern "C" fn prepare_routine(frame: *const RoutineFrame) -> D
         let frame = &*frame;
         let routine = &*(frame.frame.record.get() as *const Routine);
         let worker = &*(routine.worker as *const Worker);
-        if let Err(decision) = on_its_thread(worker) {
-            return decision;
-        }
         let Some(graft) = names::find(worker, frame.frame.name) else {
-            return other(worker, offset_of!(Control, other_name));
+            return nobodys(worker);
         };
+        if !on_its_thread(worker) {
+            return elsewhere(graft);
+        }
         routine::note(worker, frame, graft);
         fused(&frame.frame, worker, graft)
     }
@@ -100,29 +100,51 @@ pub(crate) unsafe extern "C" fn prepare_nested(frame: *const Frame) -> Decision 
 
 #[inline(always)]
 unsafe fn at_site(frame: &Frame, site: &Site, worker: &Worker) -> Decision {
-    if let Err(decision) = on_its_thread(worker) {
-        return decision;
-    }
     let graft = if frame.name == site.name && frame.name != 0 {
         site.graft
     } else {
         // SAFETY: as the caller promises.
         match unsafe { names::find(worker, frame.name) } {
             Some(graft) => graft,
-            None => return other(worker, offset_of!(Control, other_name)),
+            None => return nobodys(worker),
         }
     };
     // SAFETY: the graft is the worker's.
-    unsafe { fused(frame, worker, graft) }
+    unsafe {
+        if !on_its_thread(worker) {
+            return elsewhere(graft);
+        }
+        fused(frame, worker, graft)
+    }
 }
 
-/// Whether this is the thread on which calls run fused; else what to answer.
+/// Whether this is the thread on which calls run fused.
 #[inline(always)]
-fn on_its_thread(worker: &Worker) -> Result<(), Decision> {
-    if sys::thread_pointer() == worker.thread {
-        return Ok(());
+fn on_its_thread(worker: &Worker) -> bool {
+    sys::thread_pointer() == worker.thread
+}
+
+/// An edge's call from another thread than the worker's.
+///
+/// # Safety
+/// `graft` is one of the worker's.
+#[cold]
+unsafe fn elsewhere(graft: u64) -> Decision {
+    // SAFETY: as the caller promises; the patcher wrote the address.
+    let shared = unsafe { &*((*(graft as *const Graft)).shared as *const SharedEdge) };
+    // Locked: any number of threads may be here.
+    shared.rpc_thread.fetch_add(1, Relaxed);
+    Decision { graft: 0, input: 0 }
+}
+
+/// A call that is none of an edge's by its name.
+#[cold]
+fn nobodys(worker: &Worker) -> Decision {
+    if !on_its_thread(worker) {
+        // The counter has one writer.
+        return Decision { graft: 0, input: 0 };
     }
-    Err(other(worker, offset_of!(Control, other_thread)))
+    other(worker, offset_of!(Control, other_name))
 }
 
 /// Runs a graft if all is in order.
@@ -381,7 +403,12 @@ pub unsafe extern "C" fn ng_append(context: *mut c_void, data: *const u8, len: u
 }
 
 /// The callee's `invoke_func`: an RPC by the worker's own routine, with the
-/// *caller's* context, and only where the worker itself could make it.
+/// *caller's* context, and only while a call is active: at other times the
+/// worker's thread may be waiting for its next message in the same place.
+///
+/// From another thread of the callee's it is always the RPC. The routine is made
+/// for calls from any thread, one at a time; the worker's thread is in the
+/// callee, which waits for that thread as it would in its own worker.
 ///
 /// # Safety
 /// Called by the callee with what the worker_v1 ABI promises.
@@ -406,7 +433,7 @@ pub unsafe extern "C" fn ng_invoke(
         "mov rax, [rdi + {worker}]",
         "mov r10, fs:[0]",
         "cmp r10, [rax + {thread}]",
-        "jne 2f",
+        "jne 3f",
         "mov r11, rdi",
         "push rax", // where the target will be
         ".cfi_adjust_cfa_offset 8",
@@ -415,7 +442,16 @@ pub unsafe extern "C" fn ng_invoke(
         "2:",
         "mov eax, -1",
         "ret",
+        "3:",
+        "mov rdi, [rdi + {context}]",
+        "mov r10, [rax + {resume}]", // see `routine::rpc`
+        "test r10, r10",
+        "cmovz r10, [rax + {invoke}]",
+        "jmp r10",
         ".cfi_endproc",
+        context = const offset_of!(Graft, caller_context),
+        resume = const offset_of!(Worker, resume),
+        invoke = const offset_of!(Worker, invoke),
         busy = const offset_of!(Graft, busy),
         worker = const offset_of!(Graft, worker),
         thread = const offset_of!(Worker, thread),

@@ -12,7 +12,10 @@
 //! What it leaves to others: where the base is (`plan`), writing (`apply`).
 
 mod closure;
+mod find;
+mod imports;
 pub mod interpose;
+mod provider;
 mod relocate;
 mod scope;
 mod unique;
@@ -24,8 +27,9 @@ use crate::elf::{Image, Segment};
 use crate::refused::Refused;
 
 pub use closure::private_libraries;
+use find::{Wanted, find};
+pub use provider::same_c_library;
 pub use relocate::{Given, GivenTls, Loaded, LoadedSegment, Place, TlsSlot, relocate};
-use scope::Wanted;
 pub use scope::{PrivateImage, Scope, Searched, exported_by, unwinder};
 
 /// Largest alignment of an image: a huge page, as older linkers ask for.
@@ -80,6 +84,13 @@ pub enum TlsMeaning {
     },
     /// So far from the thread pointer (wrapping).
     Static(u64),
+    /// Where ld.so's `__tls_get_addr` says.
+    Linker {
+        /// Its number of the library.
+        module: u64,
+        /// Offset in the library's block.
+        offset: u64,
+    },
     /// A weak reference to nothing.
     Nowhere,
 }
@@ -170,7 +181,7 @@ enum Exported {
 
 /// What `dlsym` finds, as the worker looked for it.
 fn exported(image: &Image, name: &str) -> Exported {
-    let Some(symbol) = scope::find(image, name, Wanted::Default, true) else {
+    let Some(symbol) = find(image, name, Wanted::Default, true) else {
         let some = image.exports.get(name).into_iter().flatten();
         let mut defined = some.filter(|index| !image.symbols[**index].undefined());
         return match defined.next() {

@@ -260,6 +260,9 @@ pub fn relocate(
             | c::R_X86_64_TLSDESC => {
                 let scope = scope.ok_or_else(unsupported)?;
                 let meaning = scope.tls(place.number, entry.symbol)?;
+                if let (c::R_X86_64_TPOFF64, TlsMeaning::Linker { .. }) = (entry.kind, meaning) {
+                    return Err(scope.at_no_fixed_place(place.number, entry.symbol));
+                }
                 let words = tls_words(library, entry.kind, meaning, addend, given, &mut loaded)
                     .ok_or_else(unsupported)??;
                 for (index, word) in words.iter().enumerate() {
@@ -353,8 +356,12 @@ fn tls_words(
     let words = match (kind, meaning) {
         (c::R_X86_64_DTPMOD64, TlsMeaning::Private { image, .. }) => vec![slot(image, 0).module],
         (c::R_X86_64_DTPMOD64, TlsMeaning::Static(_)) => vec![abi::TLS_STATIC],
+        (c::R_X86_64_DTPMOD64, TlsMeaning::Linker { module, .. }) => vec![module],
         (c::R_X86_64_DTPOFF64, TlsMeaning::Private { image, offset }) => {
             vec![slot(image, offset).offset]
+        }
+        (c::R_X86_64_DTPOFF64, TlsMeaning::Linker { offset, .. }) => {
+            vec![offset.wrapping_add(addend)]
         }
         (c::R_X86_64_DTPOFF64 | c::R_X86_64_TPOFF64, TlsMeaning::Static(offset)) => {
             vec![offset.wrapping_add(addend)]
@@ -367,9 +374,11 @@ fn tls_words(
         // As in ld.so: a reference to nothing is not touched.
         (c::R_X86_64_DTPMOD64 | c::R_X86_64_DTPOFF64, TlsMeaning::Nowhere) => Vec::new(),
         (c::R_X86_64_TLSDESC, TlsMeaning::Private { image, offset }) => {
-            let at = given.tls_indices + (loaded.tls_indices.len() * size_of::<TlsSlot>()) as u64;
-            loaded.tls_indices.push(slot(image, offset));
-            vec![given.tls.dynamic, at]
+            descriptor(slot(image, offset), given, loaded)
+        }
+        (c::R_X86_64_TLSDESC, TlsMeaning::Linker { module, offset }) => {
+            let offset = offset.wrapping_add(addend);
+            descriptor(TlsSlot { module, offset }, given, loaded)
         }
         (c::R_X86_64_TLSDESC, TlsMeaning::Static(offset)) => {
             vec![given.tls.fixed, offset.wrapping_add(addend)]
@@ -378,6 +387,13 @@ fn tls_words(
         _ => return None,
     };
     Some(Ok(words))
+}
+
+/// A TLS descriptor whose argument is a slot of its own.
+fn descriptor(slot: TlsSlot, given: &Given, loaded: &mut Loaded) -> Vec<u64> {
+    let at = given.tls_indices + (loaded.tls_indices.len() * size_of::<TlsSlot>()) as u64;
+    loaded.tls_indices.push(slot);
+    vec![given.tls.dynamic, at]
 }
 
 fn segments(library: &str, image: &Image, bias: u64) -> Result<Vec<LoadedSegment>, Refused> {

@@ -11,7 +11,10 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::closure::{self, Closure};
+use super::find::{Wanted, find};
+use super::imports;
 use super::interpose::{self, Interposed};
+use super::provider::{Place, Provider, named, provider};
 use super::unique::Unique;
 use crate::effects::shared_cursor;
 use crate::elf::constants as c;
@@ -19,92 +22,6 @@ use crate::elf::{Image, Symbol};
 use crate::load::{Meaning, TlsMeaning};
 use crate::refused::Refused;
 use crate::snapshot::{Module, Worker};
-
-/// Imports that would take the process for the callee's own, and why that
-/// cannot be had; those that are interposed are not among them.
-const UNSUPPORTED: &[(&[&str], &str)] = &[
-    (
-        &[
-            "dlopen", "dlmopen", "dlsym", "dlvsym", "dlclose", "dlinfo", "dlerror",
-        ],
-        "asks the dynamic linker, which does not know the image",
-    ),
-    (
-        &["dladdr", "dladdr1", "dl_iterate_phdr"],
-        "asks the dynamic linker, which does not know the image",
-    ),
-    (
-        &["_dl_find_object"],
-        "shows an unwinder of its own (libgcc linked statically), which would not know the frames around it",
-    ),
-    (
-        &["initstate", "setstate"],
-        "would change the table of the caller's random numbers",
-    ),
-    (
-        &["__tls_get_addr_slow", "___tls_get_addr"],
-        "needs thread-local storage of the dynamic linker's own",
-    ),
-];
-
-/// Imports of code that throws, catches or has something to clean up when an
-/// exception passes.
-const EXCEPTIONS: &[&str] = &[
-    "__gxx_personality_v0",
-    "__gcc_personality_v0",
-    "__gnat_personality_v0",
-    "__gdc_personality_v0",
-    "__gccgo_personality_v0",
-    "__objc_personality_v0",
-    "__cxa_allocate_exception",
-    "__cxa_throw",
-    "__cxa_rethrow",
-    "__cxa_begin_catch",
-    "__cxa_bad_cast",
-    "__cxa_bad_typeid",
-    "__cxa_throw_bad_array_new_length",
-    "__cxa_throw_bad_array_length",
-];
-
-/// Whether an import has to do with exceptions. The image's unwind tables are
-/// not registered in the worker, so one that reaches its frames ends the
-/// process, also where the callee has a handler for it.
-fn exceptional(name: &str) -> bool {
-    EXCEPTIONS.contains(&name)
-        || name.starts_with("_Unwind_")
-        || name.starts_with("_ZSt17rethrow_exception")
-        // std::__throw_length_error(char const*) and the like.
-        || name.starts_with("_ZSt") && name.contains("__throw_")
-}
-
-/// Where a provider's definitions live in the caller's process.
-enum Place {
-    /// The worker's own.
-    Shared { bias: u64, tls_offset: Option<u64> },
-    /// Not there as the same build: why, and the build-id wanted.
-    Differs { caller: String, callee: String },
-    /// The copy of this number.
-    Private(usize),
-}
-
-struct Provider {
-    name: String,
-    image: Arc<Image>,
-    place: Place,
-}
-
-impl Provider {
-    fn differs(&self) -> Option<Refused> {
-        match &self.place {
-            Place::Differs { caller, callee } => Some(Refused::DifferentLibrary {
-                library: self.name.clone(),
-                caller: caller.clone(),
-                callee: callee.clone(),
-            }),
-            _ => None,
-        }
-    }
-}
 
 /// A library of which the callee gets a copy.
 #[derive(Debug, Clone)]
@@ -139,6 +56,8 @@ pub struct Scope {
     initialisation: Vec<usize>,
     order: Vec<Searched>,
     unique: Unique,
+    /// The caller's executable, and where it lies.
+    executable: (Arc<Image>, u64),
 }
 
 impl Scope {
@@ -153,7 +72,7 @@ impl Scope {
         let unwinder = unwinder(caller).is_some();
         for index in &closure.private {
             let module = &callee.modules[*index];
-            imports(&module.path, &module.image, unwinder)?;
+            imports::check(&module.path, &module.image, unwinder)?;
             for theirs in &caller.modules[caller.library..] {
                 if let Some(symbol) = shared_cursor(&theirs.image, &module.image) {
                     return Err(Refused::SharedState {
@@ -255,6 +174,10 @@ impl Scope {
             providers,
             images,
             unique: Unique::default(),
+            executable: {
+                let executable = caller.executable();
+                (Arc::clone(&executable.image), executable.bias)
+            },
         };
         scope.unique = scope.unique();
         Ok(scope)
@@ -375,6 +298,9 @@ impl Scope {
         }
         match self.definition(image, symbol, jump_slot) {
             Some((provider, found)) => {
+                if let Some(there) = self.stand_in(provider, found, jump_slot) {
+                    return Ok(there);
+                }
                 if found.kind == c::STT_TLS {
                     return Err(Refused::UnsupportedImport {
                         library: library(),
@@ -382,26 +308,50 @@ impl Scope {
                         reason: format!("is thread-local in {}", provider.name),
                     });
                 }
-                let bias = match &provider.place {
+                let theirs = match &provider.place {
                     Place::Private(number) => return Ok(private(*number, found)),
-                    Place::Shared { bias, .. } => *bias,
+                    Place::Shared(theirs) => theirs,
                     Place::Differs { .. } => {
                         return Err(provider
                             .differs()
                             .unwrap_or_else(|| self.unresolved(image, symbol)));
                     }
                 };
-                let ifunc = found.kind == c::STT_GNU_IFUNC && !found.undefined();
-                Ok(match (found.section == c::SHN_ABS, ifunc) {
-                    (true, _) => Meaning::At(found.value),
-                    (false, true) => Meaning::Resolver(found.value.wrapping_add(bias)),
-                    (false, false) => Meaning::At(found.value.wrapping_add(bias)),
-                })
+                let found = provider.theirs(theirs, found, &library())?;
+                Ok(shared(found, theirs.bias))
             }
             // Not exported, but its own.
             None if !symbol.undefined() => Ok(private(image, symbol)),
             None if symbol.binding == c::STB_WEAK => Ok(Meaning::At(0)),
             None => Err(self.unresolved(image, symbol)),
+        }
+    }
+
+    /// What a definition in the callee's executable means where the caller's is
+    /// another one, if it only stands for a library's.
+    fn stand_in(&self, provider: &Provider, found: &Symbol, jump_slot: bool) -> Option<Meaning> {
+        let executable = &self.providers[0];
+        let other = matches!(executable.place, Place::Differs { .. });
+        if !other || !std::ptr::eq(provider, executable) || !provider.stands_in(found) {
+            return None;
+        }
+        // The caller's executable may have a copy or a stub of its own.
+        let (image, bias) = &self.executable;
+        let wanted = found
+            .version
+            .as_deref()
+            .map_or(Wanted::Default, Wanted::Version);
+        if let Some(theirs) = find(image, &found.name, wanted, jump_slot) {
+            return Some(shared(theirs, *bias));
+        }
+        let (number, found) = self.first(1..self.startup, found, jump_slot)?;
+        let provider = &self.providers[number];
+        match &provider.place {
+            Place::Shared(theirs) => {
+                let found = provider.theirs(theirs, found, &provider.name).ok()?;
+                Some(shared(found, theirs.bias))
+            }
+            _ => None,
         }
     }
 
@@ -455,15 +405,19 @@ impl Scope {
                     image: *number,
                     offset: found.value,
                 }),
-                Place::Shared {
-                    tls_offset: Some(offset),
-                    ..
-                } => Ok(TlsMeaning::Static(found.value.wrapping_sub(*offset))),
-                Place::Shared { .. } => Err(Refused::UnsupportedImport {
-                    library: self.images[image].path.clone(),
-                    symbol: symbol.name.clone(),
-                    reason: format!("is thread-local in {}, at no fixed place", provider.name),
-                }),
+                Place::Shared(theirs) => {
+                    let found = provider.theirs(theirs, found, &self.images[image].path)?;
+                    match (theirs.tls_offset, theirs.tls_module) {
+                        (Some(offset), _) => {
+                            Ok(TlsMeaning::Static(found.value.wrapping_sub(offset)))
+                        }
+                        (None, Some(module)) => Ok(TlsMeaning::Linker {
+                            module,
+                            offset: found.value,
+                        }),
+                        (None, None) => Err(self.at_no_fixed_place(image, index)),
+                    }
+                }
                 Place::Differs { .. } => Err(provider
                     .differs()
                     .unwrap_or_else(|| self.unresolved(image, symbol))),
@@ -472,6 +426,23 @@ impl Scope {
             None if !symbol.undefined() => Ok(own(symbol.value)),
             None if symbol.binding == c::STB_WEAK => Ok(TlsMeaning::Nowhere),
             None => Err(self.unresolved(image, symbol)),
+        }
+    }
+
+    /// The refusal of a thread-local variable whose distance from the thread
+    /// pointer nobody can tell.
+    #[must_use]
+    pub fn at_no_fixed_place(&self, image: usize, index: u32) -> Refused {
+        let symbol = match self.symbol(image, index) {
+            Ok(symbol) => symbol,
+            Err(refused) => return refused,
+        };
+        let provider = self.definition(image, symbol, false);
+        let provider = provider.map_or("its library", |(provider, _)| &provider.name);
+        Refused::UnsupportedImport {
+            library: self.images[image].path.clone(),
+            symbol: symbol.name.clone(),
+            reason: format!("is thread-local in {provider}, at no fixed place"),
         }
     }
 
@@ -497,15 +468,11 @@ impl Scope {
             if let Some(refused) = provider.differs() {
                 return Err(refused);
             }
-            let Place::Shared { bias, .. } = provider.place else {
+            let Place::Shared(theirs) = &provider.place else {
                 continue;
             };
-            let at = found.value.wrapping_add(bias);
-            return Ok(if found.kind == c::STT_GNU_IFUNC {
-                Meaning::Resolver(at)
-            } else {
-                Meaning::At(at)
-            });
+            let found = provider.theirs(theirs, found, "the bridge")?;
+            return Ok(shared(found, theirs.bias));
         }
         Err(Refused::UnresolvedSymbol {
             library: "the bridge".into(),
@@ -525,6 +492,18 @@ fn looked_up<'a>(image: &'a Image, names: &HashSet<&str>) -> Vec<(&'a Symbol, bo
         .filter(|(_, s)| names.contains(s.name.as_str()) && !bound_to_itself(image, s))
         .map(|(r, symbol)| (symbol, r.kind == c::R_X86_64_JUMP_SLOT))
         .collect()
+}
+
+/// A definition in a library of the caller's worker.
+fn shared(found: &Symbol, bias: u64) -> Meaning {
+    let at = found.value.wrapping_add(bias);
+    if found.section == c::SHN_ABS {
+        Meaning::At(found.value)
+    } else if found.kind == c::STT_GNU_IFUNC && !found.undefined() {
+        Meaning::Resolver(at)
+    } else {
+        Meaning::At(at)
+    }
 }
 
 /// A definition in the image of this number.
@@ -549,36 +528,6 @@ fn bound_to_itself(image: &Image, symbol: &Symbol) -> bool {
             ))
 }
 
-fn named<'a>(modules: &'a [Module], like: &Module) -> Option<&'a Module> {
-    modules.iter().find(|m| m.short_name() == like.short_name())
-}
-
-fn provider(module: &Module, candidate: Option<&Module>) -> Provider {
-    let id = |m: &Module| match &m.image.build_id {
-        Some(_) => m.image.build_id_hex(),
-        None => "without a build-id".to_owned(),
-    };
-    let same = |m: &&Module| {
-        *m.image.bytes == *module.image.bytes
-            || m.image.build_id.is_some() && m.image.build_id == module.image.build_id
-    };
-    let place = match (candidate, candidate.filter(same)) {
-        (_, Some(m)) => Place::Shared {
-            bias: m.bias,
-            tls_offset: m.tls_offset,
-        },
-        (m, None) => Place::Differs {
-            caller: m.map_or("not loaded".into(), id),
-            callee: id(module),
-        },
-    };
-    Provider {
-        name: module.path.clone(),
-        image: Arc::clone(&module.image),
-        place,
-    }
-}
-
 /// The worker's unwinder: libgcc_s, if it has loaded it.
 #[must_use]
 pub fn unwinder(worker: &Worker) -> Option<&Module> {
@@ -591,179 +540,4 @@ pub fn unwinder(worker: &Worker) -> Option<&Module> {
 pub fn exported_by(module: &Module, name: &str) -> Option<u64> {
     let found = find(&module.image, name, Wanted::Default, true)?;
     (found.kind == c::STT_FUNC).then(|| found.value.wrapping_add(module.bias))
-}
-
-/// Checks what can be told from the imports' names alone, weak ones and those
-/// that no relocation uses among them.
-fn imports(library: &str, image: &Image, unwinder: bool) -> Result<(), Refused> {
-    let unwound = unwinder && image.eh_frame().is_some();
-    for symbol in image.symbols.iter().filter(|s| s.undefined()) {
-        let name = symbol.name.as_str();
-        if interpose::interposed(name).is_some() {
-            continue;
-        }
-        if exceptional(name) && !unwound {
-            return Err(Refused::Exceptions {
-                library: library.to_owned(),
-                symbol: name.to_owned(),
-            });
-        }
-        for (names, reason) in UNSUPPORTED {
-            if names.contains(&name) {
-                return Err(Refused::UnsupportedImport {
-                    library: library.to_owned(),
-                    symbol: name.to_owned(),
-                    reason: (*reason).into(),
-                });
-            }
-        }
-    }
-    Ok(())
-}
-
-/// What a reference asks for besides the name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Wanted<'a> {
-    /// This version, or a definition without any.
-    Version(&'a str),
-    /// No version, as a relocation of a library that knows of none asks: the
-    /// oldest, for which such a library was linked.
-    Oldest,
-    /// No version, as `dlsym` asks: the default.
-    Default,
-}
-
-/// The definition that a reference finds in one module, as glibc's
-/// `do_lookup_x` and `check_match` have it (`elf/dl-lookup.c`): where the
-/// reference names no version, the definition without one or with the file's
-/// first, hidden or not; else the default, if there is but one.
-/// `jump_slot` says that an executable's own stubs do not count.
-pub(super) fn find<'a>(
-    image: &'a Image,
-    name: &str,
-    wanted: Wanted<'_>,
-    jump_slot: bool,
-) -> Option<&'a Symbol> {
-    let mut chosen = None;
-    let mut defaults = Vec::new();
-    for index in image.exports.get(name)? {
-        let symbol = &image.symbols[*index];
-        let has_value =
-            symbol.value != 0 || symbol.section == c::SHN_ABS || symbol.kind == c::STT_TLS;
-        let defines = matches!(
-            symbol.kind,
-            c::STT_NOTYPE
-                | c::STT_OBJECT
-                | c::STT_FUNC
-                | c::STT_COMMON
-                | c::STT_TLS
-                | c::STT_GNU_IFUNC
-        );
-        if !has_value || !defines || jump_slot && symbol.undefined() {
-            continue;
-        }
-        // Indices 0 and 1 are no version, 2 is the first that the file defines.
-        let plain = match wanted {
-            Wanted::Version(wanted) => match &symbol.version {
-                Some(has) => wanted == has,
-                None => !symbol.hidden,
-            },
-            Wanted::Oldest => symbol.version_index <= 2,
-            Wanted::Default => symbol.version_index <= 1,
-        };
-        if plain {
-            chosen = Some(symbol);
-            break;
-        }
-        if !matches!(wanted, Wanted::Version(_)) && !symbol.hidden {
-            defaults.push(symbol);
-        }
-    }
-    let found = match (chosen, defaults.as_slice()) {
-        (Some(symbol), _) | (None, &[symbol]) => symbol,
-        _ => return None,
-    };
-    let local = matches!(found.visibility, c::STV_HIDDEN | c::STV_INTERNAL);
-    let global = matches!(
-        found.binding,
-        c::STB_GLOBAL | c::STB_WEAK | c::STB_GNU_UNIQUE
-    );
-    (global && !local).then_some(found)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::Path;
-    use std::process::Command;
-
-    use super::*;
-
-    /// Compiles a library whose symbols have the versions that `script` says.
-    fn library(source: &str, script: &str) -> Image {
-        let dir = tempfile::tempdir().unwrap();
-        let put = |name: &str, text: &str| {
-            let path = dir.path().join(name);
-            std::fs::write(&path, text).unwrap();
-            path
-        };
-        let (source, script) = (put("a.c", source), put("a.map", script));
-        let out = dir.path().join("a.so");
-        let done = Command::new("gcc")
-            .args(["-shared", "-fPIC", "-nostdlib", "-o"])
-            .arg(&out)
-            .arg(source)
-            .arg(format!("-Wl,--version-script={}", script.display()))
-            .status()
-            .unwrap();
-        assert!(done.success());
-        parse(&out)
-    }
-
-    fn parse(path: &Path) -> Image {
-        Image::parse(std::fs::read(path).unwrap().into()).unwrap()
-    }
-
-    const SCRIPT: &str = "V1 { }; V2 { } V1; V3 { } V2;";
-
-    fn version(image: &Image, name: &str, wanted: Wanted<'_>) -> Option<(u16, bool)> {
-        find(image, name, wanted, false).map(|s| (s.version_index, s.hidden))
-    }
-
-    #[test]
-    fn a_reference_without_a_version_finds_the_first_one_even_hidden() {
-        let image = library(
-            "__asm__(\".symver f1, f@V1\\n.symver f2, f@V2\\n.symver f3, f@@V3\");\
-             int f1(void) { return 1; } int f2(void) { return 2; } int f3(void) { return 3; }",
-            SCRIPT,
-        );
-        // 1 is the file's own name.
-        assert_eq!(version(&image, "f", Wanted::Oldest), Some((2, true)));
-        assert_eq!(version(&image, "f", Wanted::Default), Some((4, false)));
-        assert_eq!(version(&image, "f", Wanted::Version("V2")), Some((3, true)));
-        assert_eq!(version(&image, "f", Wanted::Version("V9")), None);
-    }
-
-    #[test]
-    fn a_reference_without_a_version_finds_a_later_default_but_not_a_hidden_one() {
-        let image = library(
-            "__asm__(\".symver g2, g@V2\\n.symver g3, g@@V3\\n.symver h2, h@V2\");\
-             int g2(void) { return 2; } int g3(void) { return 3; } int h2(void) { return 2; }",
-            SCRIPT,
-        );
-        assert_eq!(version(&image, "g", Wanted::Oldest), Some((4, false)));
-        assert_eq!(version(&image, "h", Wanted::Oldest), None);
-        assert_eq!(version(&image, "h", Wanted::Default), None);
-    }
-
-    #[test]
-    fn a_file_without_versions_answers_every_reference() {
-        let image = library("int f(void) { return 1; }", "{ };");
-        for wanted in [
-            Wanted::Oldest,
-            Wanted::Default,
-            Wanted::Version("GLIBC_2.2.5"),
-        ] {
-            assert!(find(&image, "f", wanted, true).is_some(), "{wanted:?}");
-        }
-    }
 }

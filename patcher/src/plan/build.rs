@@ -2,13 +2,15 @@
 //! that maps (`fresh`).
 
 use std::mem::offset_of;
+use std::sync::Arc;
 
 use nightgraft_bridge::abi;
 
 use super::dynamic;
 use super::fresh::fresh;
 use super::{PatchPlan, Store, Unfused};
-use crate::code::{self, CodeMap, Live, Site, Window};
+use crate::analyses::Analyses;
+use crate::code::{CodeMap, Live, Site, Window};
 use crate::effects::{self, Allowance, Effect};
 use crate::elf::{Image, hex};
 use crate::load;
@@ -44,6 +46,8 @@ pub struct Input<'a> {
     /// What the callee may touch that is the caller's. The plan is made
     /// whatever it touches, and says what would have to be allowed.
     pub allowed: Allowance,
+    /// Analyses of code, which are the same whenever they are made.
+    pub analyses: &'a Analyses,
 }
 
 /// Plans the patch.
@@ -52,6 +56,7 @@ pub struct Input<'a> {
 /// The first reason found why it cannot be done right.
 pub fn plan(input: &Input<'_>) -> Result<PatchPlan, Refused> {
     let callee = input.callee.function();
+    load::same_c_library(input.caller, input.callee)?;
     load::check(&callee.path, &callee.image)?;
     load::check_exports(&callee.path, &callee.image)?;
     let parent = parent(input)?;
@@ -321,8 +326,9 @@ pub(super) fn in_order(mut windows: Vec<WindowRecord>) -> Vec<WindowRecord> {
 ///
 /// # Errors
 /// The library is not well-formed.
-pub fn analyse(library: &Module) -> Result<CodeMap, Refused> {
-    code::analyse(&library.image.bytes).map_err(|e| Refused::Analysis {
+pub fn analyse(library: &Module, analyses: &Analyses) -> Result<Arc<CodeMap>, Refused> {
+    let code = analyses.library(&library.image.bytes);
+    code.map_err(|e| Refused::Analysis {
         library: library.path.clone(),
         reason: e.to_string(),
     })

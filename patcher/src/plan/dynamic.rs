@@ -17,7 +17,7 @@ use nightgraft_bridge::{abi, names};
 use super::build::{Input, Sites, in_order, stores};
 use super::layout::{self, Area};
 use super::{Access, Mapping, Part, PatchPlan, Store, Unfused, placement};
-use crate::code::{CodeMap, Executable, ImageAddress, Tail, Window, WindowKind};
+use crate::code::{CodeMap, ImageAddress, Tail, Window, WindowKind};
 use crate::elf::hex;
 use crate::manifest::{Manifest, Region, WindowRecord};
 use crate::refused::Refused;
@@ -145,7 +145,8 @@ fn routine(input: &Input<'_>, plan: &PatchPlan) -> Result<Island, Refused> {
         executable: executable.path.clone(),
         reason,
     };
-    let code = Executable::parse(&executable.image.bytes).map_err(|e| no_window(e.to_string()))?;
+    let code = input.analyses.executable(&executable.image.bytes);
+    let code = code.map_err(|e| no_window(e.to_string()))?;
     let window = code
         .window(ImageAddress(invoke.wrapping_sub(executable.bias)))
         .map_err(|e| no_window(e.to_string()))?;
@@ -191,7 +192,7 @@ fn seen(input: &Input<'_>, plan: &mut PatchPlan) {
             input.code
         } else if index == 0 || SYSTEM.contains(&module.short_name()) {
             continue;
-        } else if let Ok(code) = super::analyse(module) {
+        } else if let Ok(code) = super::analyse(module, input.analyses) {
             own = code;
             &own
         } else {

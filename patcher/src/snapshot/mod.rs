@@ -226,6 +226,9 @@ pub struct Module {
     /// Its thread-local storage begins so many bytes below the thread pointer
     /// in every thread; `None` if it has none there, or nothing tells.
     pub tls_offset: Option<u64>,
+    /// The number that ld.so's `__tls_get_addr` knows its thread-local storage
+    /// by; `None` if it has none, or nothing tells.
+    pub tls_module: Option<u64>,
 }
 
 impl Module {
@@ -309,6 +312,7 @@ impl Worker {
                     path: executable_path.clone(),
                     bias,
                     tls_offset: None,
+                    tls_module: None,
                     image: Arc::new(executable.clone()),
                 });
             } else if loaded.name.starts_with('/') {
@@ -319,6 +323,7 @@ impl Worker {
                     path: loaded.name,
                     bias: loaded.bias,
                     tls_offset: tls_offset(&memory, &image, loaded.bias)?,
+                    tls_module: tls_module(&memory, &image, loaded.bias)?,
                     image: Arc::new(image),
                 });
             } else if !loaded.name.starts_with("linux-vdso") && !loaded.name.is_empty() {
@@ -384,6 +389,29 @@ fn tls_offset(memory: &dyn Memory, image: &Image, bias: u64) -> Result<Option<u6
         Some((at, variable)) => Ok(Some(
             variable.wrapping_sub(memory.u64(at.wrapping_add(bias))?),
         )),
+        None => Ok(None),
+    }
+}
+
+/// The number of a module's thread-local storage: what the dynamic linker made
+/// of a relocation that asks for it. It does so when it loads the module, never
+/// later.
+fn tls_module(memory: &dyn Memory, image: &Image, bias: u64) -> Result<Option<u64>, SnapshotError> {
+    let own = image.dynamic.relocations.iter().find(|r| {
+        image.tls.is_some()
+            && r.kind == constants::R_X86_64_DTPMOD64
+            && match image.symbols.get(r.symbol as usize) {
+                _ if r.symbol == 0 => true,
+                Some(s) => !s.undefined() && s.binding == constants::STB_LOCAL,
+                None => false,
+            }
+    });
+    match own {
+        Some(r) => {
+            let number = memory.u64(r.offset.wrapping_add(bias))?;
+            // The bridge tells its own records from the linker's numbers so.
+            Ok((1..1 << 32).contains(&number).then_some(number))
+        }
         None => Ok(None),
     }
 }

@@ -5,7 +5,7 @@
 //! function's library keeps the address somewhere.
 
 use super::{INVOKE_PREFIX, Map, Memory, Worker};
-use crate::code::Executable;
+use crate::analyses::Analyses;
 use crate::elf;
 
 /// Read from memory at once, in bytes.
@@ -16,14 +16,14 @@ const MOST: u64 = 1 << 30;
 /// Live addresses of every function of the executable that may be the routine
 /// (one, unless something is odd).
 #[must_use]
-pub fn invoke_routines(worker: &Worker, memory: &dyn Memory) -> Vec<u64> {
+pub fn invoke_routines(worker: &Worker, memory: &dyn Memory, analyses: &Analyses) -> Vec<u64> {
     let executable = worker.executable();
     let named = elf::symbol_by_prefix(&executable.image.bytes, INVOKE_PREFIX);
     if !named.is_empty() {
         let live = |address: u64| address.wrapping_add(executable.bias);
         return named.into_iter().map(live).collect();
     }
-    let Ok(code) = Executable::parse(&executable.image.bytes) else {
+    let Ok(code) = analyses.executable(&executable.image.bytes) else {
         return Vec::new();
     };
     let mut found: Vec<u64> = code

@@ -43,10 +43,15 @@ impl Host {
     /// # Panics
     /// If it does not compile, or one of the libraries cannot be loaded.
     pub(crate) fn start(with: &[&str], arguments: &[&Path]) -> Host {
+        Host::compiled("gcc", with, arguments)
+    }
+
+    /// The same by another compiler.
+    pub(crate) fn compiled(compiler: &str, with: &[&str], arguments: &[&Path]) -> Host {
         let folder = TempDir::new().unwrap();
         let (source, program) = (folder.path().join("host.c"), folder.path().join("host"));
         std::fs::write(&source, SOURCE).unwrap();
-        let done = Command::new("gcc")
+        let done = Command::new(compiler)
             .args(with)
             .arg("-o")
             .args([&program, &source])

@@ -82,7 +82,8 @@ fn is_elf(file: &Path) -> Result<bool> {
     Ok(read == magic.len() && magic == *b"\x7fELF")
 }
 
-/// Copies `files`, the libraries that they need and the loader to `root`.
+/// Copies `files`, the libraries that they need and the loader to `root`. A
+/// library among `files` comes instead of the machine's.
 pub fn build(root: &Path, files: &[Entry]) -> Result<()> {
     // By destination, so that nothing is copied twice.
     let mut all = BTreeMap::new();
@@ -93,13 +94,15 @@ pub fn build(root: &Path, files: &[Entry]) -> Result<()> {
             "{} is not absolute",
             file.to.display()
         );
-        all.insert(file.to.clone(), file.from.clone());
         // Configuration and the like needs nothing.
         if is_elf(&file.from)? {
             for library in libraries_of(&file.from)? {
-                all.insert(library.clone(), library);
+                all.entry(library.clone()).or_insert(library);
             }
         }
+    }
+    for file in files {
+        all.insert(file.to.clone(), file.from.clone());
     }
     for (to, from) in &all {
         let target = inside(root, to);

@@ -99,6 +99,7 @@ pub fn run(options: &Options, say: &(dyn Fn(&Row) + Sync)) -> Result<Report> {
             .context("a row was not run")?,
         machine: machine(),
         whole: options.whole,
+        partial: options.only.is_some(),
         oracle: if options.only.is_some() {
             Err("only some fixtures were asked for".to_owned())
         } else {

@@ -18,7 +18,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -158,7 +158,7 @@ pub fn serve(spec_path: &OsStr, function: &str) -> Result<()> {
     process::place_fd(io::stderr().as_fd(), 1)?;
     let library = Library::load(&about.library)?;
     let host: &'static Serving = Box::leak(Box::new(Serving {
-        spec_path,
+        starter: starter(spec_path, spec.clone()),
         spec: spec.clone(),
         state: Mutex::default(),
     }));
@@ -178,8 +178,25 @@ pub fn serve(spec_path: &OsStr, function: &str) -> Result<()> {
     Ok(())
 }
 
+/// A request to start the host of a function, and where the answer goes.
+type Start = (String, mpsc::Sender<Result<Child>>);
+
+/// Starts hosts from a thread that lives as long as this process: they are to
+/// die with their parent, which for the kernel is the thread that started them,
+/// and functions may invoke others from threads that end.
+fn starter(spec_path: PathBuf, spec: ReferenceSpec) -> Mutex<mpsc::Sender<Start>> {
+    let (requests, to_do) = mpsc::channel::<Start>();
+    std::thread::spawn(move || {
+        for (name, answer) in to_do {
+            // Who asked may be gone.
+            let _ = answer.send(host(&spec_path, &spec, &name, Stdio::inherit()));
+        }
+    });
+    Mutex::new(requests)
+}
+
 struct Serving {
-    spec_path: PathBuf,
+    starter: Mutex<mpsc::Sender<Start>>,
     spec: ReferenceSpec,
     state: Mutex<State>,
 }
@@ -203,7 +220,10 @@ impl Serving {
         }
         let mut state = self.state();
         if !state.others.contains_key(name) {
-            let child = host(&self.spec_path, &self.spec, name, Stdio::inherit())?;
+            let (answer, started) = mpsc::channel();
+            let starter = self.starter.lock().unwrap_or_else(PoisonError::into_inner);
+            starter.send((name.to_owned(), answer))?;
+            let child = started.recv()??;
             state.others.insert(name.to_owned(), child);
         }
         let other = state.others.get_mut(name).context("no host")?;

@@ -46,6 +46,22 @@ pub struct Sites {
     pub refused: usize,
 }
 
+impl fmt::Display for Sites {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts = [
+            (self.in_place, "in place"),
+            (self.entry, "through the entry"),
+            (self.refused, "refused"),
+        ];
+        let parts: Vec<String> = parts
+            .iter()
+            .filter(|(count, _)| *count > 0)
+            .map(|(count, how)| format!("{count} {how}"))
+            .collect();
+        f.write_str(&parts.join(", "))
+    }
+}
+
 /// What became of a row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -178,14 +194,16 @@ fn node(d: &Directives, variant: &Variant, built: &Built, dir: &Path) -> Result<
 struct NotAllFused {
     fused: u64,
     wanted: u64,
+    /// The edge as its workers tell it.
+    status: String,
 }
 
 impl fmt::Display for NotAllFused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} calls ran fused instead of {}",
-            self.fused, self.wanted
+            "{} calls ran fused instead of {}: {}",
+            self.fused, self.wanted, self.status
         )
     }
 }
@@ -308,7 +326,13 @@ impl Trial<'_> {
         let fused = self.agent.fused_calls(self.node, caller, callee)? - before;
         let wanted = d.fused_calls_per_pass();
         if fused != wanted {
-            return Err(NotAllFused { fused, wanted }.into());
+            let status = self.agent.edge_status(self.node, caller, callee)?;
+            return Err(NotAllFused {
+                fused,
+                wanted,
+                status: status.to_string(),
+            }
+            .into());
         }
         let after = self.switches()?;
         for (name, count) in &idle {

@@ -14,7 +14,7 @@ use nightgraft_patcher::load::{
 use nightgraft_patcher::snapshot::{Module, ProcMemory, Worker};
 
 use super::content::Content;
-use super::host::{Host, Object};
+use super::host::{Host, Object, Routines};
 use super::tls;
 
 /// Where the loader believes that it finds what the bridge gives: addresses
@@ -312,23 +312,27 @@ impl Subject<'_> {
     /// Initialisers and what runs at exit.
     fn functions(&mut self, object: &Object) {
         let bias = self.loaded.bias;
-        let array = |start: u64, bytes: u64| {
-            (0..bytes / 8)
-                .map(move |index| start.wrapping_add(bias).wrapping_add(index * 8))
+        let array = |routines: &Routines| {
+            let start = routines.array.wrapping_add(bias);
+            (0..routines.bytes / 8)
+                .map(move |index| start.wrapping_add(index * 8))
                 .filter_map(|at| self.live.word(at))
                 .filter(|function| !matches!(*function, 0 | u64::MAX))
                 .collect::<Vec<u64>>()
         };
-        let mut inits = Vec::new();
-        if object.init != 0 {
-            inits.push(object.init.wrapping_add(bias));
-        }
-        inits.extend(array(object.init_array, object.init_bytes));
-        let dynamic = &self.image().dynamic;
-        let (start, bytes) = dynamic.fini_array.unwrap_or_default();
-        let mut finis = array(start, bytes);
-        finis.reverse();
-        finis.extend(dynamic.fini.map(|fini| fini.wrapping_add(bias)));
+        let one = |routines: &Routines| {
+            (routines.function != 0).then(|| routines.function.wrapping_add(bias))
+        };
+        let inits: Vec<u64> = one(&object.init)
+            .into_iter()
+            .chain(array(&object.init))
+            .collect();
+        // Termination functions in the opposite order.
+        let finis: Vec<u64> = array(&object.fini)
+            .into_iter()
+            .rev()
+            .chain(one(&object.fini))
+            .collect();
         for (what, ours, live) in [
             ("initialisers", &self.loaded.inits, inits),
             ("termination functions", &self.loaded.finis, finis),

@@ -36,9 +36,13 @@ void *volatile copied[4];
 
 int getpagesize(void) { return PAGE; }
 
-/* What an object said of its initialisers. */
+/* What an object said of its initialisers and of what runs at its end. */
+struct routines {
+  uintptr_t function, array, bytes;
+};
 struct object {
-  uintptr_t bias, init, array, bytes;
+  uintptr_t bias;
+  struct routines init, fini;
 };
 
 static struct object objects[MOST];
@@ -90,15 +94,24 @@ static int take(struct dl_phdr_info *info, size_t size, void *data) {
     for (; entry->d_tag != DT_NULL; entry++)
       switch (entry->d_tag) {
       case DT_INIT:
-        object->init = entry->d_un.d_ptr;
+        object->init.function = entry->d_un.d_ptr;
         set(info, entry, (uintptr_t)nothing - info->dlpi_addr);
         break;
       case DT_INIT_ARRAY:
-        object->array = entry->d_un.d_ptr;
+        object->init.array = entry->d_un.d_ptr;
         break;
       case DT_INIT_ARRAYSZ:
-        object->bytes = entry->d_un.d_val;
+        object->init.bytes = entry->d_un.d_val;
         set(info, entry, 0);
+        break;
+      case DT_FINI:
+        object->fini.function = entry->d_un.d_ptr;
+        break;
+      case DT_FINI_ARRAY:
+        object->fini.array = entry->d_un.d_ptr;
+        break;
+      case DT_FINI_ARRAYSZ:
+        object->fini.bytes = entry->d_un.d_val;
         break;
       }
   }
@@ -140,8 +153,10 @@ static int say(struct dl_phdr_info *info, size_t size, void *out) {
       unwind = info->dlpi_addr + info->dlpi_phdr[i].p_vaddr;
   if (!object)
     _exit(94);
-  fprintf(out, "%lx %lx %lx %lx %lx %lx %lx\n", (long)info->dlpi_addr, (long)info->dlpi_tls_modid,
-          (long)info->dlpi_tls_data, unwind, object->init, object->array, object->bytes);
+  fprintf(out, "%lx %lx %lx %lx %lx %lx %lx %lx %lx %lx\n", (long)info->dlpi_addr,
+          (long)info->dlpi_tls_modid, (long)info->dlpi_tls_data, unwind, object->init.function,
+          object->init.array, object->init.bytes, object->fini.function, object->fini.array,
+          object->fini.bytes);
   return 0;
 }
 

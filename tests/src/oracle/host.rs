@@ -91,6 +91,17 @@ impl fmt::Display for Unloadable {
     }
 }
 
+/// Functions that run when an object is loaded, or at its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Routines {
+    /// `DT_INIT` or `DT_FINI`, an address in the image.
+    pub function: u64,
+    /// `DT_INIT_ARRAY` or `DT_FINI_ARRAY`, an address in the image.
+    pub array: u64,
+    /// The array's size.
+    pub bytes: u64,
+}
+
 /// What the process says of a loaded object; numbers are 0 where there is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Object {
@@ -102,12 +113,10 @@ pub struct Object {
     pub tls_block: u64,
     /// Live address of `PT_GNU_EH_FRAME`.
     pub unwind: u64,
-    /// `DT_INIT`, an address in the image.
-    pub init: u64,
-    /// `DT_INIT_ARRAY`, an address in the image.
-    pub init_array: u64,
-    /// `DT_INIT_ARRAYSZ`.
-    pub init_bytes: u64,
+    /// What initialises it.
+    pub init: Routines,
+    /// What runs at its end.
+    pub fini: Routines,
 }
 
 impl Object {
@@ -117,16 +126,10 @@ impl Object {
             .map(|word| u64::from_str_radix(word, 16))
             .collect::<Result<_, _>>()
             .with_context(|| format!("the host said {line:?}"))?;
-        let &[
-            bias,
-            tls_module,
-            tls_block,
-            unwind,
-            init,
-            init_array,
-            init_bytes,
-        ] = numbers.as_slice()
-        else {
+        let &[bias, tls_module, tls_block, unwind, ref routines @ ..] = numbers.as_slice() else {
+            bail!("the host said {line:?}");
+        };
+        let &[init, init_array, init_bytes, fini, fini_array, fini_bytes] = routines else {
             bail!("the host said {line:?}");
         };
         Ok(Object {
@@ -134,9 +137,16 @@ impl Object {
             tls_module,
             tls_block,
             unwind,
-            init,
-            init_array,
-            init_bytes,
+            init: Routines {
+                function: init,
+                array: init_array,
+                bytes: init_bytes,
+            },
+            fini: Routines {
+                function: fini,
+                array: fini_array,
+                bytes: fini_bytes,
+            },
         })
     }
 }
@@ -367,10 +377,12 @@ mod tests {
 
     #[test]
     fn objects_are_read_as_they_are_said() {
-        let object = Object::parse("7f00 1 7e00 7f10 1000 2000 8").unwrap();
+        let object = Object::parse("7f00 1 7e00 7f10 1000 2000 8 0 3000 10").unwrap();
         assert_eq!((object.bias, object.tls_module), (0x7f00, 1));
-        assert_eq!((object.init_array, object.init_bytes), (0x2000, 8));
-        for wrong in ["", "1 2 3", "1 2 3 4 5 6 x", "1 2 3 4 5 6 7 8"] {
+        assert_eq!((object.init.array, object.init.bytes), (0x2000, 8));
+        assert_eq!((object.fini.array, object.fini.bytes), (0x3000, 16));
+        let wrong = ["", "1 2 3", "1 2 3 4 5 6 7 8 9 x", "1 2 3 4 5 6 7 8 9 a b"];
+        for wrong in wrong {
             assert!(Object::parse(wrong).is_err(), "{wrong:?}");
         }
     }

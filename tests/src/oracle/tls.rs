@@ -5,6 +5,7 @@
 //!             ours                      ld.so
 //!  DTPMOD64   an image's record         the module's number
 //!             "at a fixed place"        … of a library of the worker's
+//!             … or the same number
 //!  DTPOFF64   offset in the block       the same
 //!             … from the thread pointer offset in the block, which has a place
 //!  TPOFF64    … from the thread pointer the same
@@ -13,7 +14,7 @@
 
 use anyhow::Result;
 use nightgraft_patcher::elf::{RelocationEntry, constants as c};
-use nightgraft_patcher::load::{TlsMeaning, interpose};
+use nightgraft_patcher::load::{TlsMeaning, TlsSlot, interpose};
 
 use super::compare::{GIVEN, Subject};
 
@@ -81,8 +82,7 @@ impl Subject<'_> {
         let argument = self.ours.word(at.wrapping_add(8)).unwrap_or(0);
         let (wanted, ours) = match meaning {
             TlsMeaning::Private { image, .. } => {
-                let index = argument.wrapping_sub(GIVEN.tls_indices) / 16;
-                let slot = self.loaded.tls_indices.get(index as usize).copied();
+                let slot = self.slot(argument);
                 let record = interpose::module_at(GIVEN.modules, image);
                 let Some(slot) = slot.filter(|slot| slot.module == record) else {
                     self.differ(entry, "another image's", &self.modules[image].path);
@@ -96,6 +96,13 @@ impl Subject<'_> {
                 (GIVEN.tls.dynamic, self.host.tls(module, slot.offset)?)
             }
             TlsMeaning::Static(_) => (GIVEN.tls.fixed, argument),
+            TlsMeaning::Linker { .. } => {
+                let Some(slot) = self.slot(argument) else {
+                    self.differ(entry, "no slot", &format!("{live:#x}"));
+                    return Ok(());
+                };
+                (GIVEN.tls.dynamic, self.host.tls(slot.module, slot.offset)?)
+            }
             // The address is the addend alone.
             TlsMeaning::Nowhere => (
                 GIVEN.tls.nowhere,
@@ -109,6 +116,12 @@ impl Subject<'_> {
             self.differ(entry, &format!("{ours:#x}"), &format!("{live:#x}"));
         }
         Ok(())
+    }
+
+    /// What the argument of a descriptor of ours stands for.
+    fn slot(&self, argument: u64) -> Option<TlsSlot> {
+        let index = argument.wrapping_sub(GIVEN.tls_indices) / 16;
+        self.loaded.tls_indices.get(index as usize).copied()
     }
 
     /// The number of a private image's thread-local storage; 0 for none.

@@ -47,5 +47,14 @@ fn nested_calls_take_the_callers_context_and_only_from_within_a_call() {
     world.graft.busy.set(1);
     assert_eq!(nested(), (0, false, 5));
     let elsewhere = std::thread::spawn(nested).join().expect("no panic");
-    assert_eq!(elsewhere, (-1, true, 0), "the worker calls from one thread");
+    assert_eq!(
+        elsewhere,
+        (0, false, 5),
+        "a thread that the callee waits for"
+    );
+    // The routine's window is passed by.
+    world.worker.invoke = 0;
+    world.worker.resume = (invoke as *const () as u64).into();
+    let elsewhere = std::thread::spawn(nested).join().expect("no panic");
+    assert_eq!(elsewhere, (0, false, 5));
 }

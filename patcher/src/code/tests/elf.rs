@@ -13,7 +13,7 @@ pub(super) const TABLE: u64 = 0x1010;
 pub(super) type Function<'a> = (&'a str, u64, u64);
 
 /// Code at [`TEXT`] with exported functions, and 32-bit words at [`TABLE`].
-pub(super) fn library(code: &[u8], functions: &[Function<'_>], table: &[i32]) -> Vec<u8> {
+pub(crate) fn library(code: &[u8], functions: &[Function<'_>], table: &[i32]) -> Vec<u8> {
     let mut file = vec![0_u8; TEXT as usize + code.len()];
     let mut put = |at: u64, bytes: &[u8]| {
         let at = at as usize;

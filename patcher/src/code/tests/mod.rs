@@ -6,6 +6,7 @@ mod routine;
 mod stubs;
 mod windows;
 
+pub(crate) use elf::library;
 use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 
 /// Intel disassembly, one instruction per element.
