@@ -165,7 +165,7 @@ fn a_relocation_of_zeros_writes_no_further_than_it_must() {
     let library = Library::new(&source, &["-nostdlib"]);
     let mut image = library.image();
     let high = image.high();
-    let at = |image: &mut nightgraft_patcher::elf::Image, offset| {
+    let at = |image: &mut Image, offset| {
         image.dynamic.relocations[0].offset = offset;
     };
     at(&mut image, high - 8);

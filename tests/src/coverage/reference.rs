@@ -185,7 +185,7 @@ type Start = (String, mpsc::Sender<Result<Child>>);
 /// die with their parent, which for the kernel is the thread that started them,
 /// and functions may invoke others from threads that end.
 fn starter(spec_path: PathBuf, spec: ReferenceSpec) -> Mutex<mpsc::Sender<Start>> {
-    let (requests, to_do) = mpsc::channel::<Start>();
+    let (requests, to_do) = channel::<Start>();
     std::thread::spawn(move || {
         for (name, answer) in to_do {
             // Who asked may be gone.
@@ -220,7 +220,7 @@ impl Serving {
         }
         let mut state = self.state();
         if !state.others.contains_key(name) {
-            let (answer, started) = mpsc::channel();
+            let (answer, started) = channel();
             let starter = self.starter.lock().unwrap_or_else(PoisonError::into_inner);
             starter.send((name.to_owned(), answer))?;
             let child = started.recv()??;
