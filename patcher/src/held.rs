@@ -202,7 +202,8 @@ mod tests {
 
     #[test]
     fn whoever_is_told_to_end_ends_from_outside() {
-        let (held, mut child) = held("kill -TERM $$");
+        let (held, mut child) = held("read x; kill -TERM $$");
+        drop(child.stdin.take());
         child.wait().unwrap();
         let ended = held.ended();
         assert!(ended.from_outside || ended.end == End::Unknown, "{ended:?}");
