@@ -157,6 +157,7 @@ pub fn graft_code(error: &GraftError) -> &'static str {
         GraftError::TracedBy { .. } => "worker-traced",
         GraftError::MissingCapability { .. } => "missing-capability",
         GraftError::WorkerGone { .. } => "worker-gone",
+        GraftError::Claimed { .. } => "worker-claimed",
         GraftError::Failed(_) => "graft-failed",
     }
 }
@@ -172,6 +173,9 @@ fn graft_hint(error: &GraftError) -> Option<String> {
         )),
         GraftError::WorkerGone { .. } => {
             Some("see `agentctl ps` for the workers that are there now".to_owned())
+        }
+        GraftError::Claimed { .. } => {
+            Some("wait for the other agent, or stop it: one agent is enough for a node".to_owned())
         }
         GraftError::Failed(_) => None,
     }

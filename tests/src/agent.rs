@@ -25,6 +25,9 @@ const START: Duration = Duration::from_secs(10);
 /// How long it may take for a request.
 const REQUEST: Duration = Duration::from_secs(60);
 
+/// Says where the agent keeps its journal.
+pub const STATE_DIR: &str = "NIGHTGRAFT_STATE_DIR";
+
 /// What a run of `agentctl` gave.
 #[derive(Debug, Clone)]
 pub struct Answer {
@@ -67,19 +70,42 @@ impl Agent {
 
     /// Starts an agent whose command is changed first.
     pub fn start_with(change: impl FnOnce(&mut Command)) -> Result<Self> {
-        Self::start_by(&[], change)
+        Self::start_by("agent", &[], change)
+    }
+
+    /// Starts an agent that keeps its journal in `state`: the heir of the one
+    /// that did so before.
+    pub fn start_in(state: &Path) -> Result<Self> {
+        Self::start_program("agent", state, |_| {})
+    }
+
+    /// The same with another of the programs that were built, and a command
+    /// that is changed first.
+    pub fn start_program(
+        program: &str,
+        state: &Path,
+        change: impl FnOnce(&mut Command),
+    ) -> Result<Self> {
+        Self::start_by(program, &[], |command| {
+            command.env(STATE_DIR, state);
+            change(command);
+        })
     }
 
     /// Starts an agent through another program that becomes it, such as
     /// `setpriv` with its options.
     pub fn start_through(wrapper: &[&str]) -> Result<Self> {
-        Self::start_by(wrapper, |_| {})
+        Self::start_by("agent", wrapper, |_| {})
     }
 
-    fn start_by(wrapper: &[&str], change: impl FnOnce(&mut Command)) -> Result<Self> {
+    fn start_by(
+        program: &str,
+        wrapper: &[&str],
+        change: impl FnOnce(&mut Command),
+    ) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("nightagent-").tempdir()?;
         let log = File::create(dir.path().join("agent.log"))?;
-        let agent = crate::bin("agent")?;
+        let agent = crate::bin(program)?;
         let mut command = match wrapper {
             [] => Command::new(agent),
             [program, options @ ..] => {
@@ -91,6 +117,7 @@ impl Agent {
         command
             .arg("--socket")
             .arg(dir.path().join("agent.sock"))
+            .env(STATE_DIR, dir.path().join("state"))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
@@ -102,7 +129,7 @@ impl Agent {
             .context("the agent does not start")?;
         let mut agent = Self { process, dir };
         let deadline = Instant::now() + START;
-        while agent.ctl(&["health"])?.code != 0 {
+        while !agent.is_ready()? {
             if let Some(status) = agent.process.try_wait()? {
                 bail!("the agent ended ({status}): {}", agent.log());
             }
@@ -114,6 +141,19 @@ impl Agent {
             std::thread::sleep(Duration::from_millis(10));
         }
         Ok(agent)
+    }
+
+    /// Whether it answers, and has put in order what it found.
+    fn is_ready(&self) -> Result<bool> {
+        let answer = self.ctl(&["health", "--json"])?;
+        Ok(answer.code == 0 && answer.json()?["recovering"] == false)
+    }
+
+    /// What `agentctl health` says.
+    pub fn health(&self) -> Result<Value> {
+        let answer = self.ctl(&["health", "--json"])?;
+        ensure!(answer.code == 0, "health: {answer:?}");
+        answer.json()
     }
 
     /// Its socket.

@@ -16,7 +16,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::grafter::{CalleeState, GraftStatus, PatchReceipt, RevertReceipt};
+use crate::grafter::{CalleeState, GraftStatus, PatchReceipt, RevertReceipt, Verdict};
 
 /// Path of the health check.
 pub const HEALTH: &str = "/v1/health";
@@ -119,6 +119,38 @@ pub struct Health {
     pub queued: usize,
     /// What the agent lacks, each with the flag that grants it.
     pub missing: Vec<MissingCapability>,
+    /// Workers are still being put in order, which is done when the agent
+    /// starts: requests that change workers wait for it.
+    #[serde(default)]
+    pub recovering: bool,
+    /// How the journal is.
+    #[serde(default)]
+    pub journal: JournalHealth,
+    /// Workers in which there was something to be done when the agent started.
+    #[serde(default)]
+    pub recovered: Vec<RecoveredWorker>,
+}
+
+/// How the journal is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JournalHealth {
+    /// Where it is.
+    pub path: String,
+    /// Why it is away: then nothing is patched. `None` while it is not.
+    pub away: Option<String>,
+    /// What was found when it was opened, in sentences.
+    pub notes: Vec<String>,
+}
+
+/// What was found in a worker when the agent started, and done about it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoveredWorker {
+    /// The worker.
+    pub pid: i32,
+    /// What came of it.
+    pub verdict: Verdict,
+    /// What was found and done, in sentences.
+    pub notes: Vec<String>,
 }
 
 /// Something that the agent may not do.

@@ -33,6 +33,7 @@ use crate::error::AgentError;
 use crate::grafter::{GraftError, Grafter};
 use crate::ops::{self, Context, missing_capabilities};
 use crate::policy::Policy;
+use crate::recovery::Recovery;
 
 /// Largest request body, in bytes.
 const MAX_BODY: usize = 16 << 10;
@@ -79,6 +80,8 @@ pub struct Agent {
     pub docker: Option<DockerSocket>,
     /// What edges are allowed.
     pub policy: Arc<Policy>,
+    /// What was recovered when the agent started.
+    pub recovery: Recovery,
     /// Users that may talk to the agent.
     pub allowed_uids: Vec<u32>,
     readers: Arc<Semaphore>,
@@ -94,6 +97,7 @@ impl Agent {
         proc_root: ProcRoot,
         docker: Option<DockerSocket>,
         policy: Arc<Policy>,
+        recovery: Recovery,
     ) -> Self {
         Self {
             grafter,
@@ -101,6 +105,7 @@ impl Agent {
             proc_root,
             docker,
             policy,
+            recovery,
             allowed_uids: vec![0, nix::unistd::geteuid().as_raw()],
             readers: Arc::new(Semaphore::new(READERS)),
             started: Instant::now(),
@@ -219,6 +224,9 @@ async fn health(State(agent): State<Agent>) -> Answer<Health> {
         uptime_s: agent.started.elapsed().as_secs(),
         queued: agent.driver.waiting(),
         missing: missing_capabilities(&agent.proc_root),
+        recovering: agent.recovery.running(),
+        journal: agent.recovery.journal(&*agent.grafter),
+        recovered: agent.recovery.workers(),
     }))
 }
 
@@ -236,9 +244,10 @@ async fn ps(State(agent): State<Agent>) -> Answer<Ps> {
 }
 
 async fn status(State(agent): State<Agent>) -> Answer<Status> {
-    let read = agent
+    let mut read = agent
         .read("status", |context, node| Ok(ops::status(context, node)))
         .await?;
+    read.notes.extend(agent.recovery.complaints());
     Ok(Json(read))
 }
 
@@ -368,7 +377,10 @@ fn http_status(error: &AgentError) -> StatusCode {
         | AgentError::NoWorkers { .. }
         | AgentError::NotNative { .. }
         | AgentError::Graft(
-            GraftError::Refused(_) | GraftError::TracedBy { .. } | GraftError::WorkerGone { .. },
+            GraftError::Refused(_)
+            | GraftError::TracedBy { .. }
+            | GraftError::WorkerGone { .. }
+            | GraftError::Claimed { .. },
         )
         | AgentError::CanaryFailed { .. } => StatusCode::CONFLICT,
         AgentError::Busy { .. } | AgentError::Stopping => StatusCode::SERVICE_UNAVAILABLE,

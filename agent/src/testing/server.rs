@@ -28,8 +28,15 @@ impl FakeServer {
         let listener = tokio::net::UnixListener::from_std(listener).unwrap();
         let grafter = Arc::new(grafter);
         let (driver, _thread) =
-            crate::driver::start(grafter.clone(), proc.root(), Arc::default()).unwrap();
-        let mut agent = Agent::new(grafter.clone(), driver, proc.root(), None, Arc::default());
+            crate::driver::start(grafter.clone(), proc.root(), Arc::default(), None).unwrap();
+        let mut agent = Agent::new(
+            grafter.clone(),
+            driver,
+            proc.root(),
+            None,
+            Arc::default(),
+            crate::recovery::Recovery::default(),
+        );
         agent.allowed_uids = allowed;
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         tokio::spawn(serve(listener, agent, async move {
