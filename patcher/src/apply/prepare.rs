@@ -92,8 +92,8 @@ pub(super) fn take_back(process: &Process, plan: &PatchPlan, undo: &Undo, limits
 }
 
 /// Stops the worker's main thread, borrows it, and gives it back whatever
-/// happens. A thread that can't be borrowed just now is tried again, and so is
-/// one whose signal handler interrupted one of the `windows`: the commit would
+/// happens. A thread that can't be stopped or borrowed just now is tried again,
+/// and so is one whose signal handler interrupted one of the `windows`: the commit would
 /// have to wait for it, and nothing should be mapped for a patch that may
 /// never come to that.
 pub(super) fn with_borrowed(
@@ -108,18 +108,25 @@ pub(super) fn with_borrowed(
     let since = Instant::now();
     let mut borrowed = loop {
         let maps = commit::ranges(process)?;
-        let stopped = stop(process, options(limits))?;
-        disturbed.extend(stopped.disturbed().as_ref().map(disturbance));
-        let reason = match commit::interrupted_site(&stopped, windows, &maps) {
-            Some(reason) => {
-                stopped.resume()?;
-                reason
+        let reason = match stop(process, options(limits)) {
+            Ok(stopped) => {
+                disturbed.extend(stopped.disturbed().as_ref().map(disturbance));
+                match commit::interrupted_site(&stopped, windows, &maps) {
+                    Some(reason) => {
+                        stopped.resume()?;
+                        reason
+                    }
+                    None => match stopped.borrow(gadgets) {
+                        Ok(borrowed) => break borrowed,
+                        Err(Error::NotBorrowable { reason, .. }) => reason.to_string(),
+                        Err(other) => return Err(other.into()),
+                    },
+                }
             }
-            None => match stopped.borrow(gadgets) {
-                Ok(borrowed) => break borrowed,
-                Err(Error::NotBorrowable { reason, .. }) => reason.to_string(),
-                Err(other) => return Err(other.into()),
-            },
+            // On a machine with more to do than processors a thread may not
+            // even be scheduled for that long, so as to stop.
+            Err(error @ Error::Timeout { .. }) => error.to_string(),
+            Err(other) => return Err(other.into()),
         };
         if since.elapsed() > limits.commit {
             return Err(ApplyError::NoMoment {
