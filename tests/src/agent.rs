@@ -9,7 +9,7 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -103,6 +103,55 @@ impl Agent {
         wrapper: &[&str],
         change: impl FnOnce(&mut Command),
     ) -> Result<Self> {
+        let mut agent = Self::spawn(program, wrapper, change)?;
+        if let Some(status) = agent.wait_until_ready()? {
+            bail!("the agent ended ({status}): {}", agent.log());
+        }
+        Ok(agent)
+    }
+
+    /// Starts one of the programs that were built and does not wait for it.
+    pub fn spawn_program(
+        program: &str,
+        state: &Path,
+        change: impl FnOnce(&mut Command),
+    ) -> Result<Self> {
+        Self::spawn(program, &[], |command| {
+            command.env(STATE_DIR, state);
+            change(command);
+        })
+    }
+
+    /// Waits until it has put in order what it found; how it ended, if it did.
+    pub fn wait_until_ready(&mut self) -> Result<Option<ExitStatus>> {
+        let deadline = Instant::now() + START;
+        while !self.is_ready() {
+            if let Some(status) = self.process.try_wait()? {
+                return Ok(Some(status));
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the agent does not answer: {}",
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(None)
+    }
+
+    /// How it ended, if it does within `patience`.
+    pub fn ended(&mut self, patience: Duration) -> Result<Option<ExitStatus>> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let status = self.process.try_wait()?;
+            if status.is_some() || Instant::now() > deadline {
+                return Ok(status);
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn spawn(program: &str, wrapper: &[&str], change: impl FnOnce(&mut Command)) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("nightagent-").tempdir()?;
         let log = File::create(dir.path().join("agent.log"))?;
         let agent = crate::bin(program)?;
@@ -127,33 +176,25 @@ impl Agent {
             .process_group(0)
             .spawn()
             .context("the agent does not start")?;
-        let mut agent = Self { process, dir };
-        let deadline = Instant::now() + START;
-        while !agent.is_ready()? {
-            if let Some(status) = agent.process.try_wait()? {
-                bail!("the agent ended ({status}): {}", agent.log());
-            }
-            ensure!(
-                Instant::now() < deadline,
-                "the agent does not answer: {}",
-                agent.log()
-            );
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        Ok(agent)
+        Ok(Self { process, dir })
     }
 
     /// Whether it answers, and has put in order what it found.
-    fn is_ready(&self) -> Result<bool> {
-        let answer = self.ctl(&["health", "--json"])?;
-        Ok(answer.code == 0 && answer.json()?["recovering"] == false)
+    fn is_ready(&self) -> bool {
+        self.health()
+            .is_ok_and(|health| health["recovering"] == false)
     }
 
-    /// What `agentctl health` says.
+    /// How it is.
     pub fn health(&self) -> Result<Value> {
-        let answer = self.ctl(&["health", "--json"])?;
-        ensure!(answer.code == 0, "health: {answer:?}");
-        answer.json()
+        self.get("/v1/health")
+    }
+
+    /// Asks its API.
+    pub fn get(&self, path: &str) -> Result<Value> {
+        let (code, body) = self.request("GET", path, "")?;
+        ensure!(code == 200, "{path}: {code}: {body}");
+        Ok(body)
     }
 
     /// Its socket.
@@ -179,13 +220,16 @@ impl Agent {
     /// Posts JSON to the agent's API and gives the status code and the body:
     /// what `agentctl` does, without a process for each request.
     pub fn post(&self, path: &str, body: &Value) -> Result<(u16, Value)> {
+        self.request("POST", path, &body.to_string())
+    }
+
+    fn request(&self, method: &str, path: &str, body: &str) -> Result<(u16, Value)> {
         let mut stream = UnixStream::connect(self.socket())?;
         stream.set_read_timeout(Some(REQUEST))?;
-        let body = body.to_string();
         let length = body.len();
         write!(
             stream,
-            "POST {path} HTTP/1.1\r\nHost: agent\r\nContent-Type: application/json\r\n\
+            "{method} {path} HTTP/1.1\r\nHost: agent\r\nContent-Type: application/json\r\n\
              Content-Length: {length}\r\nConnection: close\r\n\r\n{body}"
         )?;
         let mut answer = String::new();
