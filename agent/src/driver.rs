@@ -20,9 +20,10 @@ use crate::api::{EdgeRequest, PatchReport, PatchRequest, RevertReport};
 use crate::canary::SystemClock;
 use crate::discover::{ProcRoot, scan_within};
 use crate::error::AgentError;
-use crate::grafter::Grafter;
+use crate::grafter::{Grafter, Target};
 use crate::ops::{self, Context};
 use crate::policy::Policy;
+use crate::recovery::Recovery;
 use crate::watch::Watch;
 
 /// How many requests may wait.
@@ -55,7 +56,8 @@ pub struct DriverHandle {
     waiting: Arc<AtomicUsize>,
 }
 
-/// Starts the driver's thread.
+/// Starts the driver's thread. With a `recovery` the workers of the node are
+/// put in order before its first request, and those that are given besides.
 ///
 /// # Errors
 /// When the system gives no thread.
@@ -64,6 +66,7 @@ pub fn start(
     proc_root: ProcRoot,
     policy: Arc<Policy>,
     watch: Arc<Watch>,
+    recovery: Option<(Recovery, Vec<Target>)>,
 ) -> std::io::Result<(DriverHandle, JoinHandle<()>)> {
     let (queue, jobs) = mpsc::channel(QUEUE);
     let waiting = Arc::new(AtomicUsize::new(0));
@@ -73,8 +76,26 @@ pub fn start(
     };
     let thread = std::thread::Builder::new()
         .name("driver".to_owned())
-        .spawn(move || run(jobs, &*grafter, &proc_root, (&policy, &watch), &waiting))?;
+        .spawn(move || {
+            if let Some((recovery, known)) = recovery {
+                recover(&*grafter, &proc_root, &recovery, known);
+            }
+            run(jobs, &*grafter, &proc_root, (&policy, &watch), &waiting);
+        })?;
     Ok((handle, thread))
+}
+
+/// Puts all workers in order: the first thing that is done to any.
+fn recover(grafter: &dyn Grafter, proc_root: &ProcRoot, recovery: &Recovery, known: Vec<Target>) {
+    let done = scan_within(proc_root, SCAN_LIMIT).and_then(|node| {
+        guarded(|| {
+            recovery.run(grafter, &node, known);
+            Ok(())
+        })
+    });
+    if let Err(error) = done {
+        recovery.failed(&error.to_string());
+    }
 }
 
 fn run(

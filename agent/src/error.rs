@@ -162,6 +162,7 @@ pub fn graft_code(error: &GraftError) -> &'static str {
         GraftError::MissingCapability { .. } => "missing-capability",
         GraftError::TracingForbidden => "tracing-forbidden",
         GraftError::WorkerGone { .. } => "worker-gone",
+        GraftError::Claimed { .. } => "worker-claimed",
         GraftError::Failed(_) => "graft-failed",
     }
 }
@@ -180,6 +181,9 @@ fn graft_hint(error: &GraftError) -> Option<String> {
         ),
         GraftError::WorkerGone { .. } => {
             Some("see `agentctl ps` for the workers that are there now".to_owned())
+        }
+        GraftError::Claimed { .. } => {
+            Some("wait for the other agent, or stop it: one agent is enough for a node".to_owned())
         }
         GraftError::Failed(_) => None,
     }

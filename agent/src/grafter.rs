@@ -4,7 +4,7 @@
 //! the canary and the API are tested with a fake and no process is touched.
 //! Two kinds of call:
 //!
-//! * [`Grafter::patch`], [`Grafter::revert`] change a worker. Only the driver's
+//! * [`Grafter::patch`], [`Grafter::revert`], [`Grafter::recover`] change a worker. Only the driver's
 //!   thread calls them, one at a time, always the same OS thread (a tracee
 //!   belongs to the thread that seized it).
 //! * [`Grafter::explain`], [`Grafter::status`], [`Grafter::build_id`],
@@ -12,14 +12,18 @@
 //!   thread may call them, also while a worker is being changed.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 pub use nightgraft_patcher::Refused;
 pub use nightgraft_patcher::effects::{Allowance, Effect};
 pub use nightgraft_patcher::held::Held;
+pub use nightgraft_patcher::recover::{Recovered, Verdict};
 pub use nightgraft_patcher::report::{
     CalleeState, Disturbed, EdgeCounters, GraftStatus, PatchReceipt, RevertReceipt, RpcReasons,
     SiteProof, WorkerStatus,
 };
+
+pub use crate::claim::Claim;
 
 /// One worker, as the patcher must know it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -81,9 +85,21 @@ pub enum GraftError {
         /// The worker.
         pid: i32,
     },
+    /// Another agent works in the worker, or something keeps its lock.
+    #[error("worker {pid} is claimed by another agent{}", holder_text(.holder))]
+    Claimed {
+        /// The worker.
+        pid: i32,
+        /// The process that has the lock, where the kernel tells.
+        holder: Option<i32>,
+    },
     /// Anything else. The text says the operation, its subject and the cause.
     #[error("{0}")]
     Failed(String),
+}
+
+fn holder_text(holder: &Option<i32>) -> String {
+    holder.map_or_else(String::new, |pid| format!(" (pid {pid})"))
 }
 
 /// Fuses, un-fuses and reads workers.
@@ -156,4 +172,32 @@ pub trait Grafter: Send + Sync {
     /// Lets go of memory that was kept for later and that nobody has used for
     /// a while; called now and then.
     fn tidy(&self) {}
+
+    /// Keeps other agents out of these workers for as long as the claim lives.
+    /// Taken before they are changed, all that one request changes at once.
+    ///
+    /// # Errors
+    /// [`GraftError::Claimed`] where another agent does not let go in time.
+    fn claim(&self, _workers: &[Target]) -> Result<Claim, GraftError> {
+        Ok(Claim::default())
+    }
+
+    /// Puts a worker in order in which an agent may have died, claiming it for
+    /// that; `None` where there is nothing of ours, and nothing to be done.
+    ///
+    /// # Errors
+    /// As [`Grafter::status`], and [`GraftError::Claimed`] where another agent
+    /// works in it for longer than `patience`.
+    fn recover(
+        &self,
+        _worker: &Target,
+        _patience: Duration,
+    ) -> Result<Option<Recovered>, GraftError> {
+        Ok(None)
+    }
+
+    /// Where the journal is, and why it is away if it is.
+    fn journal(&self) -> (String, Option<String>) {
+        Default::default()
+    }
 }

@@ -12,26 +12,34 @@
 //! A third thread watches fused workers to their end ([`watch`]), and quarantines
 //! the edge whose callee ran when one died ([`quarantine`]).
 //!
-//! One thread changes workers; everything else queues for it or only reads.
+//! One thread changes workers; everything else queues for it or only reads. What
+//! it changes it writes down first ([`journal`]), and what an agent that died has
+//! left is put in order when the next one starts ([`recovery`]).
 
 #![deny(unsafe_code)]
 
 pub mod api;
 pub mod canary;
+pub mod claim;
 pub mod cli;
 pub mod client;
+pub mod daemon;
 pub mod discover;
 pub mod driver;
 pub mod error;
 pub mod factory;
+pub mod faults;
 pub mod grafter;
+pub mod journal;
 pub mod live;
 pub mod ops;
 pub mod policy;
 pub mod quarantine;
+pub mod recovery;
 pub mod select;
 pub mod server;
 pub mod socket;
+pub mod state_dir;
 pub mod watch;
 
 #[cfg(test)]

@@ -4,27 +4,48 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::ErrorKind;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nightgraft_patcher::analyses::Analyses;
 use nightgraft_patcher::apply::{ApplyError, Limits};
+use nightgraft_patcher::recover;
 use nightgraft_patcher::session::{self, Failure, Function};
 use nightgraft_patcher::snapshot::SnapshotError;
 
+use crate::claim::{self, Claim};
 use crate::grafter::{
-    Allowance, Explained, GraftError, Grafter, Held, PatchReceipt, RevertReceipt, Target,
-    WorkerStatus,
+    Allowance, Explained, GraftError, Grafter, Held, PatchReceipt, Recovered, RevertReceipt,
+    Target, WorkerStatus,
 };
+use crate::journal::Disk;
+
+/// How long a request waits for another agent that works in its workers: that
+/// one may be watching a canary.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(30);
 
 /// The patcher.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Live {
     limits: Limits,
     analyses: Analyses,
     /// Control memories of workers that were patched for the first time, until
     /// they are held; by pid and start time.
     controls: Mutex<HashMap<(i32, u64), File>>,
+    journal: Arc<Disk>,
+}
+
+impl Live {
+    /// A patcher that writes down what it does.
+    #[must_use]
+    pub fn new(journal: Arc<Disk>) -> Self {
+        Self {
+            limits: Limits::default(),
+            analyses: Analyses::default(),
+            controls: Mutex::default(),
+            journal,
+        }
+    }
 }
 
 fn function(target: &Target) -> Function<'_> {
@@ -79,6 +100,7 @@ impl Grafter for Live {
             allowed,
             &self.analyses,
             &self.limits,
+            &*self.journal,
         )
         .map(|applied| {
             if let Some(control) = applied.control {
@@ -99,7 +121,7 @@ impl Grafter for Live {
     }
 
     fn revert(&self, caller: &Target, callee_name: &str) -> Result<RevertReceipt, GraftError> {
-        session::revert(function(caller), callee_name, &self.limits)
+        session::revert(function(caller), callee_name, &self.limits, &*self.journal)
             .map_err(|failure| failed(failure, &[caller]))
     }
 
@@ -126,6 +148,31 @@ impl Grafter for Live {
             ))),
             Err(failure) => Err(failed(failure, &[caller])),
         }
+    }
+
+    fn claim(&self, workers: &[Target]) -> Result<Claim, GraftError> {
+        claim::claim(workers, CLAIM_PATIENCE)
+    }
+
+    fn recover(
+        &self,
+        worker: &Target,
+        patience: Duration,
+    ) -> Result<Option<Recovered>, GraftError> {
+        let failed = |failure| failed(failure, &[worker]);
+        // Most workers need nothing: they are not even claimed for that.
+        if !recover::is_due(function(worker), &*self.journal).map_err(failed)? {
+            return Ok(None);
+        }
+        let _claim = claim::claim([worker], patience)?;
+        session::recovered(function(worker), &self.limits, &*self.journal).map_err(failed)
+    }
+
+    fn journal(&self) -> (String, Option<String>) {
+        (
+            self.journal.path().display().to_string(),
+            self.journal.away(),
+        )
     }
 }
 
@@ -162,15 +209,21 @@ fn lives(worker: &Target) -> bool {
     }
 }
 
-/// `None` if the process is gone, else whether it is on its way out.
-fn procfs_state(worker: &Target) -> Option<bool> {
-    const SIGKILL: u64 = 1 << 8;
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", worker.pid)).ok()?;
+/// When a process has started, in clock ticks since boot; `None` for one that
+/// is gone, or dead and not buried yet.
+pub(crate) fn started(pid: i32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // Behind the name, which may hold anything: state is field 3, start time 22.
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
     let state = fields.next()?;
-    let start_time: u64 = fields.nth(18)?.parse().ok()?;
-    if start_time != worker.start_time || matches!(state, "Z" | "X" | "x") {
+    let start_time = fields.nth(18)?.parse().ok()?;
+    (!matches!(state, "Z" | "X" | "x")).then_some(start_time)
+}
+
+/// `None` if the process is gone, else whether it is on its way out.
+fn procfs_state(worker: &Target) -> Option<bool> {
+    const SIGKILL: u64 = 1 << 8;
+    if started(worker.pid) != Some(worker.start_time) {
         return None;
     }
     let status = std::fs::read_to_string(format!("/proc/{}/status", worker.pid)).ok()?;

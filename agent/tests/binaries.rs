@@ -31,6 +31,8 @@ impl Agent {
         let mut child = Command::new(cargo_bin!("agent"))
             .arg("--socket")
             .arg(socket)
+            .arg("--state-dir")
+            .arg(state(socket))
             .env_remove("RUST_LOG")
             .stderr(Stdio::piped())
             .spawn()
@@ -103,6 +105,11 @@ fn agentctl(socket: &Path, args: &[&str]) -> Ran {
         .arg("--socket")
         .arg(socket)
         .args(args))
+}
+
+/// The directory of the agent that serves a socket.
+fn state(socket: &Path) -> PathBuf {
+    socket.with_file_name("state")
 }
 
 fn place() -> (tempfile::TempDir, PathBuf) {
@@ -225,6 +232,8 @@ fn the_agent_s_help_says_what_it_needs() {
         "--socket <PATH>",
         "--docker-socket <PATH>",
         "--config <FILE>",
+        "--state-dir <DIR>",
+        "/var/lib/nightgraft",
         "--pid=host",
         "--cap-add SYS_PTRACE",
     ] {
@@ -289,6 +298,48 @@ fn a_second_agent_refuses_and_the_first_serves_on() {
         )
     );
     assert_eq!(agent.agentctl(&["health"]).code, Some(0));
+}
+
+#[test]
+fn a_second_agent_needs_a_directory_of_its_own() {
+    let (_dir, socket) = place();
+    let agent = Agent::start(&socket);
+    let other = socket.with_file_name("other.sock");
+    let second = ran(Command::new(cargo_bin!("agent"))
+        .arg("--socket")
+        .arg(&other)
+        .env("NIGHTGRAFT_STATE_DIR", state(&socket)));
+    assert_eq!(second.code, Some(1));
+    assert_eq!(
+        second.err,
+        format!(
+            "agent: another agent (pid {}) keeps its journal in {}: stop it first, or give this \
+             one a --state-dir of its own\n",
+            agent.child.id(),
+            state(&socket).display()
+        )
+    );
+    assert!(!other.exists());
+}
+
+#[test]
+fn without_a_journal_the_agent_serves_and_says_so() {
+    let (_dir, socket) = place();
+    std::fs::write(state(&socket), "no directory").unwrap();
+    let agent = Agent::start(&socket);
+    let health = agent.agentctl(&["health"]);
+    assert_eq!(health.code, Some(0));
+    assert!(
+        health
+            .out
+            .contains("the journal is away, nothing is patched until it is back: can't make"),
+        "{}",
+        health.out
+    );
+    assert_eq!(
+        std::fs::read_to_string(state(&socket)).unwrap(),
+        "no directory"
+    );
 }
 
 #[test]

@@ -4,6 +4,9 @@
 //! [`plan`] is a pure function of the two snapshots and yields a [`PatchPlan`]
 //! or a [`Refused`]; [`apply`] is the only part that touches a worker, and it
 //! does nothing that is not in the plan. [`status`] reads back what is there.
+//! Before anything takes effect it is written down ([`journal`]); what an agent
+//! that died has left is put in order from that and the worker's own record
+//! ([`recover`]).
 //!
 //! ```text
 //!  snapshot(Foo) ─┐
@@ -17,10 +20,13 @@ pub mod apply;
 pub mod code;
 pub mod effects;
 pub mod elf;
+pub mod faults;
 pub mod held;
+pub mod journal;
 pub mod load;
 pub mod manifest;
 pub mod plan;
+pub mod recover;
 pub mod refused;
 pub mod report;
 pub mod room;

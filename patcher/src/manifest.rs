@@ -13,13 +13,18 @@ use std::collections::BTreeMap;
 use std::mem::offset_of;
 
 use nightgraft_bridge::abi::{
-    self, BRIDGE_VERSION, CONTROL_NAME, Control, Graft, MAGIC, MANIFEST_SLOT, STATE_FAILED,
+    self, BRIDGE_VERSION, Control, Graft, MAGIC, MANIFEST_SLOT, STATE_FAILED,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::code::Seen;
 use crate::refused::Refused;
 use crate::snapshot::{Map, Memory, SnapshotError};
+
+/// Format of the record itself. What is added to it within a format may be
+/// missed by older agents without harm; anything else makes another format,
+/// which they refuse.
+pub const RECORD_FORMAT: u32 = 1;
 
 /// A range of live addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -129,6 +134,13 @@ pub struct GraftRecord {
 pub struct Manifest {
     /// Version of the bridge.
     pub version: u32,
+    /// [`RECORD_FORMAT`] of who wrote it.
+    #[serde(default = "first_format")]
+    pub format: u32,
+    /// How many records came before it in this worker, it included: of two,
+    /// the one with the higher number is the newer.
+    #[serde(default)]
+    pub generation: u64,
     /// The worker; a forked child inherits the record but not this number.
     pub pid: i32,
     /// Its start time in clock ticks since boot.
@@ -148,6 +160,10 @@ pub struct Manifest {
     pub windows: Vec<WindowRecord>,
     /// Images.
     pub grafts: Vec<GraftRecord>,
+}
+
+fn first_format() -> u32 {
+    1
 }
 
 impl GraftRecord {
@@ -272,17 +288,13 @@ pub fn find(
     maps: &[Map],
     memory: &dyn Memory,
 ) -> Result<Option<Present>, FindError> {
-    let name = format!("/memfd:{CONTROL_NAME}");
     let other = |found: &str| {
         FindError::Refused(Refused::OtherBridge {
             found: found.to_owned(),
         })
     };
     let mut strange = None;
-    for area in maps
-        .iter()
-        .filter(|m| m.name.strip_suffix(" (deleted)").unwrap_or(&m.name) == name)
-    {
+    for area in maps.iter().filter(|m| is_control(m)) {
         match read_record(pid, start_time, area, memory)? {
             Area::Record(manifest, slot) => {
                 return present(*manifest, slot, area.start, maps, memory).map(Some);
@@ -294,6 +306,9 @@ pub fn find(
     }
     strange.map_or(Ok(None), |what| Err(other(&what)))
 }
+
+/// What `/proc/PID/maps` calls the control area.
+pub(crate) const CONTROL_PATH: &str = "/memfd:nightgraft";
 
 /// What of a worker's is running code of a callee.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -396,6 +411,12 @@ fn read_record(
         Ok(manifest) => manifest,
         Err(error) => return strange(&format!("a record that makes no sense ({error})")),
     };
+    if manifest.format > RECORD_FORMAT {
+        return strange(&format!(
+            "a record of format {} (this agent knows those up to {RECORD_FORMAT})",
+            manifest.format
+        ));
+    }
     if manifest.pid != pid || manifest.start_time != start_time {
         return strange(&format!(
             "the record of worker {}, whose child it is",
@@ -483,6 +504,28 @@ fn seen_calls(control: u64, memory: &dyn Memory) -> Result<Vec<SeenCall>, Snapsh
 #[must_use]
 pub fn slot_address(control: u64, slot: u8) -> u64 {
     control + offset_of!(Control, slots) as u64 + (u64::from(slot) - 1) * MANIFEST_SLOT as u64
+}
+
+/// Whether `record`, which another place than the worker's memory has kept, can
+/// be the record of what is in the worker: every address lies where it must,
+/// and a control area lies where it says.
+///
+/// # Errors
+/// What does not fit.
+pub fn fits(record: &Manifest, maps: &[Map]) -> Result<(), String> {
+    let control = maps
+        .iter()
+        .filter(|m| is_control(m))
+        .find(|m| m.start == record.control);
+    match control {
+        Some(area) if area.end - area.start >= size_of::<Control>() as u64 => {}
+        _ => return Err(format!("there is no control area at {:#x}", record.control)),
+    }
+    check(record, record.control, maps)
+}
+
+fn is_control(map: &Map) -> bool {
+    map.name.strip_suffix(" (deleted)").unwrap_or(&map.name) == CONTROL_PATH
 }
 
 /// Every address lies where it must.
@@ -578,9 +621,49 @@ mod tests {
     use super::*;
     use crate::snapshot::testing::FakeMemory;
 
+    #[test]
+    fn the_control_area_s_path_is_its_name() {
+        let name = abi::CONTROL_NAME;
+        assert_eq!(CONTROL_PATH, format!("/memfd:{name}"));
+    }
+
+    #[test]
+    fn a_record_of_a_newer_format_is_refused_and_one_without_is_the_first() {
+        let mut newer = manifest();
+        newer.format = RECORD_FORMAT + 1;
+        let error = find(7, 99, &maps(), &memory(&newer)).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the worker holds a record of format 2 (this agent knows those up to 1)"
+        );
+        let mut text = serde_json::to_value(manifest()).unwrap();
+        for field in ["format", "generation"] {
+            text.as_object_mut().unwrap().remove(field).unwrap();
+        }
+        let old: Manifest = serde_json::from_value(text).unwrap();
+        assert_eq!((old.format, old.generation), (1, 0));
+    }
+
+    #[test]
+    fn a_record_from_elsewhere_fits_only_where_it_was_made() {
+        let kept = manifest();
+        assert_eq!(fits(&kept, &maps()), Ok(()));
+        let mut without = maps();
+        without.remove(0);
+        assert_eq!(
+            fits(&kept, &without),
+            Err("there is no control area at 0x100000".into())
+        );
+        let mut unmapped = maps();
+        unmapped.remove(2);
+        assert!(fits(&kept, &unmapped).unwrap_err().contains("no code"));
+    }
+
     fn manifest() -> Manifest {
         Manifest {
             version: BRIDGE_VERSION,
+            format: RECORD_FORMAT,
+            generation: 1,
             pid: 7,
             start_time: 99,
             library: "/functions/libfoo.so".into(),

@@ -358,6 +358,21 @@ refusals! {
         found: String,
     } = "foreign-bytes", "the bytes at {at:#x} are {found} instead of {expected}: another tool was here",
         "remove the other tool's breakpoint or patch";
+    /// What would be done cannot be written down, or what is written down of
+    /// the worker is not for this agent.
+    Journal {
+        /// Why.
+        reason: String,
+    } = "journal", "the journal cannot be relied on: {reason}",
+        "make the agent's --state-dir readable and writable again, with room on its disk (`agentctl health` says how it is); reverts work all the same";
+    /// The worker cannot be put in order after an agent died in it.
+    Unreconciled {
+        /// The worker.
+        pid: i32,
+        /// What was found.
+        reason: String,
+    } = "unreconciled", "what is in worker {pid} cannot be reconciled with its records: {reason}",
+        "leave it running as it is, or restart it";
     /// The worker holds a bridge of another version, or its record is damaged.
     OtherBridge {
         /// What was found.

@@ -152,6 +152,10 @@ pub struct PatchReceipt {
     pub stops_ns: Vec<u64>,
     /// Threads that may have seen a stop.
     pub disturbed: Vec<Disturbed>,
+    /// Why the journal does not know that the patch is done; `None` where it
+    /// does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub journal: Option<String>,
 }
 
 /// What a revert did to one worker.
@@ -172,4 +176,7 @@ pub struct RevertReceipt {
     pub stops_ns: Vec<u64>,
     /// Threads that may have seen a stop.
     pub disturbed: Vec<Disturbed>,
+    /// Why the journal does not know of the revert; `None` where it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub journal: Option<String>,
 }

@@ -9,8 +9,10 @@ use crate::code::Live;
 use crate::effects::Allowance;
 use crate::elf::{ElfError, Image};
 use crate::held::Held;
+use crate::journal::Journal;
 use crate::manifest::{self, FindError, Present};
 use crate::plan::{self, Input, PatchPlan};
+use crate::recover::{self, Recovered, Verdict};
 use crate::refused::Refused;
 use crate::report::{RevertReceipt, WorkerStatus};
 use crate::room::{self, memory_room};
@@ -135,7 +137,7 @@ pub fn explain(
     analyses: &Analyses,
 ) -> Result<PatchPlan, Failure> {
     let callee = callee.read()?;
-    planned(caller, &callee, name, allowed, analyses)
+    Ok(planned(caller, &callee, name, allowed, analyses)?.0)
 }
 
 fn planned(
@@ -144,7 +146,7 @@ fn planned(
     name: &str,
     allowed: Allowance,
     analyses: &Analyses,
-) -> Result<PatchPlan, Failure> {
+) -> Result<(PatchPlan, Option<Present>), Failure> {
     let caller = caller.read()?;
     apply::foresee_calls(caller.pid)?;
     if room::is_frozen(caller.pid) {
@@ -159,7 +161,7 @@ fn planned(
         maps: &caller.maps,
         memory: &memory,
     };
-    Ok(plan::plan(&Input {
+    let plan = plan::plan(&Input {
         caller: &caller,
         code: &code,
         callee,
@@ -172,7 +174,8 @@ fn planned(
         live: &live,
         allowed,
         analyses,
-    })?)
+    })?;
+    Ok((plan, present))
 }
 
 /// The worker's own `invoke_func`.
@@ -216,7 +219,9 @@ impl Live for LiveWorker<'_> {
 }
 
 /// Fuses `name` into one worker, if it shows no guarded effect but those
-/// `allowed`; that holds for an edge that is fused already as well.
+/// `allowed`; that holds for an edge that is fused already as well. What is
+/// done is written down in the journal first, and refused where that cannot
+/// be. A worker in which an agent died is put in order before.
 ///
 /// # Errors
 /// See [`Failure`].
@@ -227,28 +232,66 @@ pub fn patch(
     allowed: Allowance,
     analyses: &Analyses,
     limits: &Limits,
+    journal: &dyn Journal,
 ) -> Result<Applied, Failure> {
+    let entry = journal.entry(caller.pid, caller.start_time);
+    entry.map_err(|error| Refused::Journal { reason: error.0 })?;
+    let recovered = recovered(caller, limits, journal)?;
     let callee = callee.read()?;
+    if let Some(left) = recovered.filter(|r| r.verdict == Verdict::Left) {
+        // What keeps the patch from being done has a name of its own, mostly.
+        let (plan, _) = planned(caller, &callee, name, allowed, analyses)?;
+        apply::check(&plan)?;
+        return Err(Failure::Refused(Refused::Unreconciled {
+            pid: left.pid,
+            reason: left.notes.join("; "),
+        }));
+    }
     let mut tries = 1;
     loop {
-        let plan = planned(caller, &callee, name, allowed, analyses)?;
+        let (plan, present) = planned(caller, &callee, name, allowed, analyses)?;
         if let Some(refused) = plan.refusal() {
             return Err(Failure::Refused(refused));
         }
-        match apply::apply(&plan, limits) {
+        let before = present.as_ref().map(|present| &present.manifest);
+        match apply::apply(&plan, before, limits, journal) {
             Err(ApplyError::Occupied { .. }) if tries < TRIES => tries += 1,
             other => return Ok(other?),
         }
     }
 }
 
-/// Reverts `name` in one worker.
+/// Puts a worker in order in which an agent may have died; `None` where there
+/// is nothing to be done.
+///
+/// # Errors
+/// The worker cannot be read.
+pub fn recovered(
+    worker: Function<'_>,
+    limits: &Limits,
+    journal: &dyn Journal,
+) -> Result<Option<Recovered>, Failure> {
+    if !recover::is_due(worker, journal)? {
+        return Ok(None);
+    }
+    recover::recover(worker, limits, journal).map(Some)
+}
+
+/// Reverts `name` in one worker. It needs the worker's record, which is
+/// written from the journal should it be lost, but no journal that works.
 ///
 /// # Errors
 /// See [`Failure`].
-pub fn revert(caller: Function<'_>, name: &str, limits: &Limits) -> Result<RevertReceipt, Failure> {
+pub fn revert(
+    caller: Function<'_>,
+    name: &str,
+    limits: &Limits,
+    journal: &dyn Journal,
+) -> Result<RevertReceipt, Failure> {
+    // What could not be put in order is reverted as far as it can be.
+    recovered(caller, limits, journal)?;
     match present(caller)? {
-        Some((present, _)) => Ok(apply::revert(&present, name, limits)?),
+        Some((present, _)) => Ok(apply::revert(&present, name, limits, journal)?),
         None => Ok(RevertReceipt {
             pid: caller.pid,
             nothing: true,
@@ -257,6 +300,7 @@ pub fn revert(caller: Function<'_>, name: &str, limits: &Limits) -> Result<Rever
             sites: Vec::new(),
             stops_ns: Vec::new(),
             disturbed: Vec::new(),
+            journal: None,
         }),
     }
 }

@@ -39,6 +39,7 @@
 mod borrow;
 mod borrowable;
 mod error;
+pub mod faults;
 mod frame;
 mod gadgets;
 mod ids;

@@ -9,7 +9,7 @@
 //! to all or to all but the tracer; then it takes a stop, see [`WriteMethod`].
 
 use crate::error::{Error, Result};
-use crate::{Address, Pid, Process};
+use crate::{Address, Pid, Process, faults};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
@@ -212,7 +212,10 @@ impl Memory {
         while done < bytes.len() {
             let at = self.offset("writing", address, done, bytes.len())?;
             crate::sys::step();
-            match self.file.write_at(&bytes[done..], at) {
+            faults::hit(faults::WRITE.before);
+            let result = self.file.write_at(&bytes[done..], at);
+            faults::hit(faults::WRITE.after);
+            match result {
                 Ok(0) => return Err(self.gone()),
                 Ok(written) => done += written,
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}

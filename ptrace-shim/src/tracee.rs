@@ -107,6 +107,8 @@ impl Tracee {
         for _ in 0..ATTEMPTS {
             match ptrace::seize(tid) {
                 Ok(()) => {
+                    // Another with the number of one that was left.
+                    crate::tracer_thread::take_back(tid);
                     let tracee = Tracee::of(tid);
                     // The number may have become another process's thread.
                     if process.stat(tid).is_err() {
@@ -120,9 +122,12 @@ impl Tracee {
                 Err(Errno::ENOSYS) => return Ok(Seizure::Busy),
                 Err(Errno::EPERM) => match refusal(process, tid) {
                     None => return Ok(Seizure::Gone),
-                    // The heir; one that we hold stopped is not taken twice.
+                    // One that did not stop in time before, and may have since;
+                    // or the heir. One that is held is not taken twice.
                     Some(Error::TracedByAnother { tracer, .. })
-                        if is_us(tracer) && !Tracee::of(tid).stands_still() =>
+                        if is_us(tracer)
+                            && (crate::tracer_thread::take_back(tid)
+                                || !Tracee::of(tid).stands_still()) =>
                     {
                         return Ok(Seizure::Done(Tracee::of(tid)));
                     }
@@ -310,6 +315,7 @@ impl Tracee {
             Err(_) if self.now() == Some(Event::NotOurs) => false,
             Err(error) => {
                 if crate::tracer_thread::is_current() {
+                    crate::tracer_thread::leave(self.tid);
                     tracing::warn!(tid = %self.tid, %error, "left over to the end of this OS thread");
                 } else {
                     tracing::error!(tid = %self.tid, %error, "stays traced until this OS thread ends");

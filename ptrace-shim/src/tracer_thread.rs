@@ -5,12 +5,16 @@
 //! too, which no request can do. So the safest place to stop others from is an
 //! OS thread of its own, and it costs some 30 µs, before anyone is stopped.
 
+use crate::Tid;
 use crate::error::{Error, Result};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::time::{Duration, Instant};
 
 thread_local! {
     static CURRENT: Cell<bool> = const { Cell::new(false) };
+    /// Threads that are traced from here and that nobody holds: they did not
+    /// stop in time, and are let go of when this OS thread ends.
+    static LEFT_OVER: RefCell<Vec<Tid>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Runs `work` in an OS thread of its own and returns what it returned.
@@ -67,6 +71,20 @@ fn await_end(tid: nix::unistd::Pid) {
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(1));
     }
+}
+
+/// Notes a thread that is left to the end of this OS thread.
+pub(crate) fn leave(tid: Tid) {
+    LEFT_OVER.with_borrow_mut(|left| left.push(tid));
+}
+
+/// Takes a thread back that was left, to try again; false if it was not.
+pub(crate) fn take_back(tid: Tid) -> bool {
+    LEFT_OVER.with_borrow_mut(|left| {
+        let before = left.len();
+        left.retain(|other| *other != tid);
+        left.len() != before
+    })
 }
 
 /// Whether the calling OS thread is one of these.

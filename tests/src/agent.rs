@@ -9,7 +9,7 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -24,6 +24,9 @@ use crate::Node;
 const START: Duration = Duration::from_secs(60);
 /// How long it may take for a request.
 const REQUEST: Duration = Duration::from_secs(60);
+
+/// Says where the agent keeps its journal.
+pub const STATE_DIR: &str = "NIGHTGRAFT_STATE_DIR";
 
 /// What a run of `agentctl` gave.
 #[derive(Debug, Clone)]
@@ -67,44 +70,119 @@ impl Agent {
 
     /// Starts an agent whose command is changed first.
     pub fn start_with(change: impl FnOnce(&mut Command)) -> Result<Self> {
-        Self::start_by(&[], change)
+        Self::start_by("agent", &[], change)
+    }
+
+    /// Starts an agent that keeps its journal in `state`: the heir of the one
+    /// that did so before.
+    pub fn start_in(state: &Path) -> Result<Self> {
+        Self::start_program("agent", state, |_| {})
+    }
+
+    /// The same with another of the programs that were built, and a command
+    /// that is changed first.
+    pub fn start_program(
+        program: &str,
+        state: &Path,
+        change: impl FnOnce(&mut Command),
+    ) -> Result<Self> {
+        Self::start_by(program, &[], |command| {
+            command.env(STATE_DIR, state);
+            change(command);
+        })
     }
 
     /// Starts an agent through another program that becomes it, such as
     /// `setpriv` with its options.
     pub fn start_through(wrapper: &[&str]) -> Result<Self> {
-        Self::start_by(wrapper, |_| {})
+        Self::start_by("agent", wrapper, |_| {})
     }
 
-    fn start_by(wrapper: &[&str], change: impl FnOnce(&mut Command)) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("nightagent-").tempdir()?;
-        let process = launch(dir.path(), wrapper, change)?;
-        let mut agent = Self { process, dir };
-        agent.wait_until_it_answers()?;
+    fn start_by(
+        program: &str,
+        wrapper: &[&str],
+        change: impl FnOnce(&mut Command),
+    ) -> Result<Self> {
+        let mut agent = Self::spawn(program, wrapper, change)?;
+        if let Some(status) = agent.wait_until_ready()? {
+            bail!("the agent ended ({status}): {}", agent.log());
+        }
         Ok(agent)
     }
 
-    /// Kills it, and starts another one in its place.
-    pub fn restart(&mut self) -> Result<()> {
-        self.kill()?;
-        self.process = launch(self.dir.path(), &[], |_| {})?;
-        self.wait_until_it_answers()
+    /// Starts one of the programs that were built and does not wait for it.
+    pub fn spawn_program(
+        program: &str,
+        state: &Path,
+        change: impl FnOnce(&mut Command),
+    ) -> Result<Self> {
+        Self::spawn(program, &[], |command| {
+            command.env(STATE_DIR, state);
+            change(command);
+        })
     }
 
-    fn wait_until_it_answers(&mut self) -> Result<()> {
+    /// Waits until it has put in order what it found; how it ended, if it did.
+    pub fn wait_until_ready(&mut self) -> Result<Option<ExitStatus>> {
         let deadline = Instant::now() + START;
-        while self.ctl(&["health"])?.code != 0 {
+        while !self.is_ready() {
             if let Some(status) = self.process.try_wait()? {
-                bail!("the agent ended ({status}): {}", self.log());
+                return Ok(Some(status));
             }
             ensure!(
                 Instant::now() < deadline,
                 "the agent does not answer: {}",
                 self.log()
             );
-            std::thread::sleep(Duration::from_millis(10));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(None)
+    }
+
+    /// How it ended, if it does within `patience`.
+    pub fn ended(&mut self, patience: Duration) -> Result<Option<ExitStatus>> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let status = self.process.try_wait()?;
+            if status.is_some() || Instant::now() > deadline {
+                return Ok(status);
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn spawn(program: &str, wrapper: &[&str], change: impl FnOnce(&mut Command)) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("nightagent-").tempdir()?;
+        let process = launch(program, dir.path(), wrapper, change)?;
+        Ok(Self { process, dir })
+    }
+
+    /// Kills it, and starts another one in its place, with the same directory.
+    pub fn restart(&mut self) -> Result<()> {
+        self.kill()?;
+        self.process = launch("agent", self.dir.path(), &[], |_| {})?;
+        if let Some(status) = self.wait_until_ready()? {
+            bail!("the agent ended ({status}): {}", self.log());
         }
         Ok(())
+    }
+
+    /// Whether it answers, and has put in order what it found.
+    fn is_ready(&self) -> bool {
+        self.health()
+            .is_ok_and(|health| health["recovering"] == false)
+    }
+
+    /// How it is.
+    pub fn health(&self) -> Result<Value> {
+        self.get("/v1/health")
+    }
+
+    /// Asks its API.
+    pub fn get(&self, path: &str) -> Result<Value> {
+        let (code, body) = self.request("GET", path, "")?;
+        ensure!(code == 200, "{path}: {code}: {body}");
+        Ok(body)
     }
 
     /// Its socket.
@@ -130,13 +208,16 @@ impl Agent {
     /// Posts JSON to the agent's API and gives the status code and the body:
     /// what `agentctl` does, without a process for each request.
     pub fn post(&self, path: &str, body: &Value) -> Result<(u16, Value)> {
+        self.request("POST", path, &body.to_string())
+    }
+
+    fn request(&self, method: &str, path: &str, body: &str) -> Result<(u16, Value)> {
         let mut stream = UnixStream::connect(self.socket())?;
         stream.set_read_timeout(Some(REQUEST))?;
-        let body = body.to_string();
         let length = body.len();
         write!(
             stream,
-            "POST {path} HTTP/1.1\r\nHost: agent\r\nContent-Type: application/json\r\n\
+            "{method} {path} HTTP/1.1\r\nHost: agent\r\nContent-Type: application/json\r\n\
              Content-Length: {length}\r\nConnection: close\r\n\r\n{body}"
         )?;
         let mut answer = String::new();
@@ -299,12 +380,17 @@ impl Agent {
 }
 
 /// Starts an agent with its socket and log in a folder.
-fn launch(dir: &Path, wrapper: &[&str], change: impl FnOnce(&mut Command)) -> Result<Child> {
+fn launch(
+    program: &str,
+    dir: &Path,
+    wrapper: &[&str],
+    change: impl FnOnce(&mut Command),
+) -> Result<Child> {
     let log = File::options()
         .create(true)
         .append(true)
         .open(dir.join("agent.log"))?;
-    let agent = crate::bin("agent")?;
+    let agent = crate::bin(program)?;
     let mut command = match wrapper {
         [] => Command::new(agent),
         [program, options @ ..] => {
@@ -316,6 +402,7 @@ fn launch(dir: &Path, wrapper: &[&str], change: impl FnOnce(&mut Command)) -> Re
     command
         .arg("--socket")
         .arg(dir.join("agent.sock"))
+        .env(STATE_DIR, dir.join("state"))
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log);

@@ -16,9 +16,11 @@
 //! - [`agent`]: the agent and `agentctl`, the programs under test.
 //! - [`oracle`]: the machine's dynamic linker as the judge of our loader.
 //! - [`coverage`]: every kind of function, as RPC and fused.
+//! - [`chaos`]: the agent, and workers, ended at every point.
 //! - [`sys`]: all that is unsafe.
 
 pub mod agent;
+pub mod chaos;
 pub mod client;
 pub mod container;
 pub mod coverage;

@@ -810,3 +810,49 @@ fn load_goes_on_while_the_only_other_worker_is_held_inside_a_window() -> Result<
     })?;
     node.stop()
 }
+
+/// Answers "vfork" after its main thread has waited 400 ms in a vfork, where
+/// nothing stops it.
+const UNSTOPPABLE: &str = r#"
+    #define _GNU_SOURCE
+    #include <unistd.h>
+    #include "foo_logic.h"
+    #include "lifecycle.h"
+    int faas_func_call(void *worker_handle, const char *input, size_t input_length) {
+        if (input_length == 5 && memcmp(input, "vfork", 5) == 0) {
+            if (vfork() == 0) {
+                usleep(400 * 1000);
+                _exit(0);
+            }
+        }
+        return foo_handle(worker_handle, input, input_length);
+    }"#;
+
+#[test]
+fn a_thread_that_does_not_stop_in_time_is_tried_again() -> Result<()> {
+    let caller = fixtures::compile_text("unstoppable", UNSTOPPABLE, Compiler::Gcc, &["-O2"])?;
+    let node = Node::start(NodeSpec::new([
+        FunctionSpec::new("Foo", 1, caller),
+        FunctionSpec::new("Bar", 2, library("bar.c")),
+    ]))?;
+    let agent = Agent::start()?;
+    let worker = node.workers("Foo")?.pop().context("no worker")?;
+    let answer = std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| node.call("Foo", b"vfork"));
+        until("it waits for its child", || {
+            worker
+                .status("State")
+                .is_some_and(|state| state.starts_with('D'))
+        });
+        // The first mapping for this worker: the thread is stopped alone.
+        let patched = agent.patch(&node, "Foo", "Bar");
+        let answer = waiting
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        patched.and(answer.context("the call that waited"))
+    })?;
+    assert_eq!(answer, fixtures::foo(b"vfork"));
+    agent.revert(&node, "Foo", "Bar")?;
+    assert_eq!(ask(&node, "Foo", "hello"), "Foo:olleh|4f9f2cab|6c");
+    node.stop()
+}

@@ -21,9 +21,12 @@ fn an_agent_that_is_killed_at_any_moment_leaves_nothing_that_hurts() -> Result<(
     let mut random = Random::new(7);
     let mut took = Duration::from_millis(100);
     let mut unfinished = 0;
+    // All but some agents inherit the journal of the one before.
+    let states = tempfile::tempdir()?;
     for death in 0..DEATHS {
         let command = if death % 3 == 2 { "revert" } else { "patch" };
-        let mut agent = Agent::start()?;
+        let state = states.path().join((death / 5).to_string());
+        let mut agent = Agent::start_in(&state)?;
         let mut child = Command::new(bin("agentctl")?)
             .args([command, "Foo", "Bar", "--canary-wait", "0ms"])
             .args(["--engine", &node.engine_pid().to_string()])
@@ -38,7 +41,7 @@ fn an_agent_that_is_killed_at_any_moment_leaves_nothing_that_hurts() -> Result<(
         agent.kill()?;
         unfinished += usize::from(!child.wait()?.success());
 
-        let heir = Agent::start()?;
+        let heir = Agent::start_in(&state)?;
         untraced(&node)?;
         let since = Instant::now();
         heir.patch(&node, "Foo", "Bar")

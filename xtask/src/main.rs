@@ -46,6 +46,10 @@ enum Task {
     /// (`cargo xtask coverage --help`).
     #[command(disable_help_flag = true)]
     Coverage(PassedOn),
+    /// End the agent, workers and containers at every point under load, and
+    /// check that nothing is lost (`cargo xtask chaos --help`).
+    #[command(disable_help_flag = true)]
+    Chaos(PassedOn),
     /// Check formatting and lints, as CI does before the tests.
     Lint,
 }
@@ -95,6 +99,7 @@ fn main() -> Result<()> {
             setup::install(setup::Extent::All)?;
             // The end-to-end tests run the programs as they are installed.
             cargo(["build", "--workspace", "--bins"], [])?;
+            run::faulty()?;
             cargo(
                 ["test", "--workspace"],
                 passed.arguments.iter().map(OsString::as_os_str),
@@ -117,6 +122,13 @@ fn main() -> Result<()> {
                 setup::install(setup::Extent::Fixtures)?;
             }
             debug("coverage", &passed.arguments)
+        }
+        Task::Chaos(passed) => {
+            if !passed.asks_for_help() {
+                setup::install(setup::Extent::Functions)?;
+            }
+            run::faulty()?;
+            debug("chaos", &passed.arguments)
         }
         Task::Lint => {
             cargo(["fmt", "--all", "--check"], [])?;

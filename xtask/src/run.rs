@@ -77,6 +77,22 @@ fn tests(name: &str) -> Result<PathBuf> {
         .with_context(|| format!("cargo does not say where the tests {name} are"))
 }
 
+/// Builds the agent with its fault points, beside the others.
+pub(crate) fn faulty() -> Result<()> {
+    cargo(
+        [
+            "build",
+            "--workspace",
+            "--bin",
+            "agent-faults",
+            "--features",
+            "nightgraft-agent/fault-points",
+            "--quiet",
+        ],
+        [],
+    )
+}
+
 fn built(profile: &str, program: &str, arguments: &[OsString]) -> Result<()> {
     let target =
         std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);

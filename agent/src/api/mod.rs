@@ -17,7 +17,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::grafter::{CalleeState, GraftStatus, PatchReceipt, RevertReceipt};
+use crate::grafter::{CalleeState, GraftStatus, PatchReceipt, RevertReceipt, Verdict};
 
 /// Path of the health check.
 pub const HEALTH: &str = "/v1/health";
@@ -125,6 +125,16 @@ pub struct Health {
     /// Edges that are not fused again until that is asked for.
     #[serde(default)]
     pub quarantined: Vec<Quarantined>,
+    /// Workers are still being put in order, which is done when the agent
+    /// starts: requests that change workers wait for it.
+    #[serde(default)]
+    pub recovering: bool,
+    /// How the journal is.
+    #[serde(default)]
+    pub journal: JournalHealth,
+    /// Workers in which there was something to be done when the agent started.
+    #[serde(default)]
+    pub recovered: Vec<RecoveredWorker>,
 }
 
 /// An edge whose callee ran when a worker died.
@@ -156,6 +166,28 @@ pub struct UnquarantineReport {
     pub callee: String,
     /// What it was there for; `None` if it was not quarantined.
     pub was: Option<Quarantined>,
+}
+
+/// How the journal is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JournalHealth {
+    /// Where it is.
+    pub path: String,
+    /// Why it is away: then nothing is patched. `None` while it is not.
+    pub away: Option<String>,
+    /// What was found when it was opened, in sentences.
+    pub notes: Vec<String>,
+}
+
+/// What was found in a worker when the agent started, and done about it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoveredWorker {
+    /// The worker.
+    pub pid: i32,
+    /// What came of it.
+    pub verdict: Verdict,
+    /// What was found and done, in sentences.
+    pub notes: Vec<String>,
 }
 
 /// Something that the agent may not do.

@@ -31,6 +31,7 @@ fn a_patch_report_keeps_its_shape() {
                 commit_stop_ns: 88_000,
                 stops_ns: vec![20_000, 88_000],
                 disturbed: Vec::new(),
+                journal: None,
             }),
             proof: Some(Proof {
                 verdict: ProofVerdict::Proven,

@@ -11,7 +11,7 @@ use crate::api::{
     UnquarantineReport, Worker, WorkerKind,
 };
 use crate::discover::short_id;
-use crate::grafter::{CalleeState, Disturbed, SiteProof};
+use crate::grafter::{CalleeState, Disturbed, SiteProof, Verdict};
 
 /// How many digits of a build-id are shown.
 const BUILD_ID_DIGITS: usize = 12;
@@ -505,6 +505,32 @@ pub(super) fn health(health: &Health) -> String {
             clean(&missing.flag)
         );
     }
+    let journal = &health.journal;
+    match &journal.away {
+        None => {
+            let _ = writeln!(text, "journal {}", clean(&journal.path));
+        }
+        Some(why) => {
+            let _ = writeln!(
+                text,
+                "the journal is away, nothing is patched until it is back: {}",
+                clean(why)
+            );
+        }
+    }
+    notes(&mut text, &journal.notes);
+    if health.recovering {
+        text.push_str("workers are being put in order, requests wait for it\n");
+    }
+    for worker in &health.recovered {
+        let _ = writeln!(
+            text,
+            "at the start, worker {}: {}: {}",
+            worker.pid,
+            verdict(worker.verdict),
+            clean(&worker.notes.join("; "))
+        );
+    }
     quarantined(&mut text, &health.quarantined);
     text
 }
@@ -531,6 +557,16 @@ pub(super) fn unquarantined(report: &UnquarantineReport) -> String {
             clean(&was.how)
         ),
         None => format!("{caller} → {callee} was not quarantined\n"),
+    }
+}
+
+fn verdict(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Clean => "nothing of ours",
+        Verdict::Adopted => "adopted",
+        Verdict::Completed => "completed",
+        Verdict::Undone => "undone",
+        Verdict::Left => "left as it is",
     }
 }
 

@@ -65,6 +65,10 @@ pub fn patch(
     if let Some(why) = quarantined() {
         return Err(AgentError::Quarantined(Box::new(why)));
     }
+    let targets: Vec<Target> = callers.iter().map(|(_, target)| target.clone()).collect();
+    // To the end: another agent's patch or revert comes before all of this or
+    // behind.
+    let _claim = context.grafter.claim(&targets)?;
     let mut edge = Edge {
         context,
         caller: caller_label.clone(),
@@ -134,7 +138,7 @@ pub fn patch(
         }
     }
     workers.extend(edge.watch(watched));
-    let targets: Vec<Target> = callers.iter().map(|(_, target)| target.clone()).collect();
+    let name = edge.name.clone();
     let notes = seen::rewrite(context.grafter, &name, &targets, &mut workers, |target| {
         edge.patch_target(target)
     });
@@ -148,8 +152,17 @@ pub fn patch(
         }
         return Err(AgentError::Quarantined(Box::new(why)));
     }
+    report.notes.extend(workers.iter().filter_map(unjournaled));
     report.workers = workers;
     conclude(report)
+}
+
+fn unjournaled(worker: &PatchedWorker) -> Option<String> {
+    let why = worker.receipt.as_ref()?.journal.as_ref()?;
+    Some(format!(
+        "worker {} is fused, and the journal does not know that it is done (its own record does): {why}",
+        worker.pid
+    ))
 }
 
 fn conclude(mut report: PatchReport) -> Result<PatchReport, AgentError> {

@@ -44,12 +44,30 @@ pub fn revert(
         }
         Err(error) => return Err(error),
     };
+    let targets: Vec<Target> = workers.iter().map(|(_, target)| target.clone()).collect();
+    let claim = context.grafter.claim(&targets);
     for (worker, target) in workers {
-        report
-            .workers
-            .push(revert_one(context, worker, &target, &report.callee));
+        let refused = claim.as_ref().err();
+        report.workers.push(revert_one(
+            context,
+            worker,
+            &target,
+            &report.callee,
+            refused,
+        ));
     }
+    report
+        .notes
+        .extend(report.workers.iter().filter_map(unjournaled));
     conclude(report)
+}
+
+fn unjournaled(worker: &RevertedWorker) -> Option<String> {
+    let why = worker.receipt.as_ref()?.journal.as_ref()?;
+    Some(format!(
+        "worker {} is reverted, and the journal does not know of it (its own record does): {why}",
+        worker.pid
+    ))
 }
 
 fn conclude(mut report: RevertReport) -> Result<RevertReport, AgentError> {
@@ -117,10 +135,15 @@ fn revert_one(
     worker: &Worker,
     target: &Target,
     callee: &str,
+    refused: Option<&GraftError>,
 ) -> RevertedWorker {
     let before = context.grafter.status(target).ok().flatten();
     let fused_calls = canary::edge(before.as_ref(), callee).map(|graft| graft.counters.fused_calls);
-    let (outcome, receipt) = match context.grafter.revert(target, callee) {
+    let reverted = match refused {
+        None => context.grafter.revert(target, callee),
+        Some(error) => Err(error.clone()),
+    };
+    let (outcome, receipt) = match reverted {
         Ok(receipt) => (outcome(&receipt), Some(receipt)),
         Err(GraftError::WorkerGone { .. }) => (RevertOutcome::Gone, None),
         Err(error) => {

@@ -33,6 +33,7 @@ use crate::error::AgentError;
 use crate::grafter::{GraftError, Grafter};
 use crate::ops::{self, Context, missing_capabilities};
 use crate::policy::Policy;
+use crate::recovery::Recovery;
 use crate::watch::Watch;
 
 /// Largest request body, in bytes.
@@ -82,6 +83,8 @@ pub struct Agent {
     pub policy: Arc<Policy>,
     /// Who watches patched workers, and what is quarantined.
     pub watch: Arc<Watch>,
+    /// What was recovered when the agent started.
+    pub recovery: Recovery,
     /// Users that may talk to the agent.
     pub allowed_uids: Vec<u32>,
     readers: Arc<Semaphore>,
@@ -98,6 +101,7 @@ impl Agent {
         docker: Option<DockerSocket>,
         policy: Arc<Policy>,
         watch: Arc<Watch>,
+        recovery: Recovery,
     ) -> Self {
         Self {
             grafter,
@@ -106,6 +110,7 @@ impl Agent {
             docker,
             policy,
             watch,
+            recovery,
             allowed_uids: vec![0, nix::unistd::geteuid().as_raw()],
             readers: Arc::new(Semaphore::new(READERS)),
             started: Instant::now(),
@@ -228,6 +233,9 @@ async fn health(State(agent): State<Agent>) -> Answer<Health> {
         queued: agent.driver.waiting(),
         missing: missing_capabilities(&agent.proc_root),
         quarantined: agent.watch.quarantine.all(),
+        recovering: agent.recovery.running(),
+        journal: agent.recovery.journal(&*agent.grafter),
+        recovered: agent.recovery.workers(),
     }))
 }
 
@@ -245,9 +253,10 @@ async fn ps(State(agent): State<Agent>) -> Answer<Ps> {
 }
 
 async fn status(State(agent): State<Agent>) -> Answer<Status> {
-    let read = agent
+    let mut read = agent
         .read("status", |context, node| Ok(ops::status(context, node)))
         .await?;
+    read.notes.extend(agent.recovery.complaints());
     Ok(Json(read))
 }
 
@@ -390,7 +399,10 @@ fn http_status(error: &AgentError) -> StatusCode {
         | AgentError::NotNative { .. }
         | AgentError::Quarantined(_)
         | AgentError::Graft(
-            GraftError::Refused(_) | GraftError::TracedBy { .. } | GraftError::WorkerGone { .. },
+            GraftError::Refused(_)
+            | GraftError::TracedBy { .. }
+            | GraftError::WorkerGone { .. }
+            | GraftError::Claimed { .. },
         )
         | AgentError::CanaryFailed { .. } => StatusCode::CONFLICT,
         AgentError::Busy { .. } | AgentError::Stopping => StatusCode::SERVICE_UNAVAILABLE,

@@ -276,6 +276,7 @@ impl Grafter for FakeGrafter {
                 commit_stop_ns: 88_000,
                 stops_ns: vec![20_000, 88_000],
                 disturbed: Vec::new(),
+                journal: None,
             })
         })
     }
@@ -301,6 +302,7 @@ impl Grafter for FakeGrafter {
                 },
                 stops_ns: if nothing { Vec::new() } else { vec![40_000] },
                 disturbed: Vec::new(),
+                journal: None,
             })
         })
     }

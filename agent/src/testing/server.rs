@@ -27,9 +27,14 @@ impl FakeServer {
         let (socket, listener) = crate::socket::bind(&path).unwrap();
         let listener = tokio::net::UnixListener::from_std(listener).unwrap();
         let grafter = Arc::new(grafter);
-        let (driver, _thread) =
-            crate::driver::start(grafter.clone(), proc.root(), Arc::default(), Arc::default())
-                .unwrap();
+        let (driver, _thread) = crate::driver::start(
+            grafter.clone(),
+            proc.root(),
+            Arc::default(),
+            Arc::default(),
+            None,
+        )
+        .unwrap();
         let mut agent = Agent::new(
             grafter.clone(),
             driver,
@@ -37,6 +42,7 @@ impl FakeServer {
             None,
             Arc::default(),
             Arc::default(),
+            crate::recovery::Recovery::default(),
         );
         agent.allowed_uids = allowed;
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();

@@ -11,6 +11,7 @@ use ptrace_shim::{
 use super::frames::{self, Interrupted, Span, Stack};
 use super::{ApplyError, Limits, options};
 use crate::elf::hex;
+use crate::faults::{self, hit};
 use crate::manifest::WindowRecord;
 use crate::plan::PatchPlan;
 use crate::refused::Refused;
@@ -83,14 +84,18 @@ pub(super) fn commit(
             for store in &plan.stores {
                 // Some of them are sealed by now.
                 stopped.write_memory(Address(store.address), &store.bytes)?;
+                hit(faults::STORED);
             }
             stopped.memory().write(Address(plan.gate), &[1])?;
+            hit(faults::GATE);
             for window in &plan.windows {
                 stopped.write_code(Address(window.address), &window.after)?;
+                hit(faults::WINDOW);
             }
             Ok(())
         },
     )
+    .inspect(|_| hit(faults::RESUMED))
 }
 
 /// Stops all threads at a moment when none is in the middle of a window, and
@@ -115,9 +120,11 @@ pub(super) fn at_a_safe_moment(
                 check_live(&stopped, windows, direction)?;
                 match find_moves(&stopped, windows, &spans, &maps, direction) {
                     Ok(moves) => {
+                        hit(faults::STOPPED);
                         touched.set(true);
                         for (tid, to) in moves {
                             move_thread(&mut stopped, tid, &to)?;
+                            hit(faults::MOVED);
                         }
                         work(&mut stopped)?;
                         return Ok(stopped.resume()?);

@@ -1,21 +1,26 @@
 //! Doing what a plan says: the only part that touches a worker.
 //!
 //! ```text
+//!            journal: what will be mapped
 //!  prepare   one thread stopped, some ten system calls of ours: mappings
 //!            the worker runs: images, stubs and structures are written
-//!            the record is written
+//!            journal: the record as it will be
+//!  record    the record is written
 //!  commit    all threads stopped: nobody in a window? then stores, gate,
 //!            windows
+//!            journal: done
 //! ```
 //!
 //! Every prefix of this is harmless: nothing points at what is mapped until
 //! the first window is written, and a window is written in one go. What is
-//! mapped by a patch that does not get to its record is unmapped again.
+//! mapped by a patch that does not get to its record is unmapped again, by this
+//! agent or, from the journal, by the next ([`crate::recover`]).
 
 mod commit;
 mod filters;
 mod frames;
 mod prepare;
+pub(crate) mod repair;
 mod revert;
 
 use std::cell::Cell;
@@ -24,6 +29,9 @@ use std::time::Duration;
 
 use ptrace_shim::{Process, SameCpu, Scheduling, StopOptions};
 
+use crate::faults::{self, hit};
+use crate::journal::{Entry, Journal, JournalError, Planned, Stage};
+use crate::manifest::Manifest;
 use crate::plan::PatchPlan;
 use crate::refused::Refused;
 use crate::report::{Disturbed, PatchReceipt, SiteProof};
@@ -165,44 +173,136 @@ pub struct Applied {
     pub control: Option<File>,
 }
 
-/// Carries out a plan.
+impl From<JournalError> for ApplyError {
+    fn from(error: JournalError) -> ApplyError {
+        ApplyError::Refused(Refused::Journal { reason: error.0 })
+    }
+}
+
+/// Carries out a plan, which was made where `before` was the worker's record.
 ///
 /// # Errors
 /// See [`ApplyError`].
-pub fn apply(plan: &PatchPlan, limits: &Limits) -> Result<Applied, ApplyError> {
+pub fn apply(
+    plan: &PatchPlan,
+    before: Option<&Manifest>,
+    limits: &Limits,
+    journal: &dyn Journal,
+) -> Result<Applied, ApplyError> {
     let applied = |receipt, control| Applied { receipt, control };
     if plan.already {
         return Ok(applied(receipt(plan, true), None));
     }
+    let diary = Diary {
+        plan,
+        before,
+        journal,
+    };
     on_tracer_thread(|| {
         let process = open(plan.pid, plan.start_time)?;
         let mut stops = Vec::new();
         let mut disturbed = Vec::new();
         commit::expect_bytes(&process, plan)?;
-        if plan.mappings().next().is_some() {
+        hit(faults::CHECKED);
+        let undo = if plan.mappings().next().is_some() {
+            diary.mapping()?;
+            hit(faults::INTENT);
             let undo = prepare::prepare(&process, plan, limits, &mut stops, &mut disturbed)?;
-            let written = prepare::record(&process, plan);
-            let touched = Cell::new(false);
-            let committed = written.and_then(|()| commit::commit(&process, plan, limits, &touched));
-            match committed {
-                Ok(stop) => {
-                    let receipt = finish(plan, &process, &stop, stops, disturbed)?;
-                    return Ok(applied(receipt, undo.control));
+            Some(undo)
+        } else {
+            None
+        };
+        if let Err(error) = diary.committing() {
+            if let Some(undo) = &undo {
+                // As far as anybody reads, it is still being mapped.
+                diary.take_back(&process, undo, limits);
+            }
+            return Err(error.into());
+        }
+        hit(faults::COMMITTING);
+        let touched = Cell::new(false);
+        let committed = prepare::record(&process, plan)
+            .and_then(|()| commit::commit(&process, plan, limits, &touched));
+        let stop = match committed {
+            Ok(stop) => stop,
+            Err(failure) => {
+                // Only while nothing can lead to the mapping.
+                if let Some(undo) = &undo
+                    && !touched.get()
+                    && diary.may_take_back()
+                {
+                    diary.take_back(&process, undo, limits);
                 }
-                Err(failure) => {
-                    // Only while nothing can lead to the mapping.
-                    if !touched.get() {
-                        prepare::take_back(&process, plan, &undo, limits);
-                    }
-                    return Err(failure);
-                }
+                return Err(failure);
+            }
+        };
+        let mut receipt = finish(plan, &process, &stop, stops, disturbed)?;
+        receipt.journal = diary.settled(Some(&plan.manifest)).err().map(|e| e.0);
+        hit(faults::SETTLED);
+        Ok(applied(receipt, undo.and_then(|undo| undo.control)))
+    })
+}
+
+/// Whether the windows still hold what the plan took them for. Touches nothing.
+///
+/// # Errors
+/// [`Refused::ForeignBytes`] and the like.
+pub fn check(plan: &PatchPlan) -> Result<(), ApplyError> {
+    commit::expect_bytes(&open(plan.pid, plan.start_time)?, plan)
+}
+
+/// What is written down while a plan is carried out.
+struct Diary<'a> {
+    plan: &'a PatchPlan,
+    before: Option<&'a Manifest>,
+    journal: &'a dyn Journal,
+}
+
+impl Diary<'_> {
+    fn write(&self, stage: Stage, record: Option<&Manifest>) -> Result<(), JournalError> {
+        self.journal.write(&Entry {
+            pid: self.plan.pid,
+            start_time: self.plan.start_time,
+            stage,
+            record: record.cloned(),
+        })
+    }
+
+    fn mapping(&self) -> Result<(), JournalError> {
+        let callee = self.plan.callee.clone();
+        let mappings = self.plan.mappings().map(Planned::from).collect();
+        self.write(Stage::Mapping { callee, mappings }, self.before)
+    }
+
+    fn committing(&self) -> Result<(), JournalError> {
+        let callee = self.plan.callee.clone();
+        self.write(Stage::Committing { callee }, Some(&self.plan.manifest))
+    }
+
+    fn settled(&self, record: Option<&Manifest>) -> Result<(), JournalError> {
+        self.write(Stage::Settled, record)
+    }
+
+    /// Whether it is written down that what was mapped will be unmapped. Else
+    /// it stays, which is harmless, as the journal has its record.
+    fn may_take_back(&self) -> bool {
+        match self.mapping() {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(pid = self.plan.pid, %error, "unused memory stays in the worker");
+                false
             }
         }
-        prepare::record(&process, plan)?;
-        let stop = commit::commit(&process, plan, limits, &Cell::new(false))?;
-        let receipt = finish(plan, &process, &stop, stops, disturbed)?;
-        Ok(applied(receipt, None))
-    })
+    }
+
+    fn take_back(&self, process: &Process, undo: &prepare::Undo, limits: &Limits) {
+        hit(faults::TAKING_BACK);
+        if prepare::take_back(process, self.plan, undo, limits)
+            && let Err(error) = self.settled(self.before)
+        {
+            tracing::warn!(pid = self.plan.pid, %error, "the journal is behind");
+        }
+    }
 }
 
 fn receipt(plan: &PatchPlan, already: bool) -> PatchReceipt {
@@ -216,6 +316,7 @@ fn receipt(plan: &PatchPlan, already: bool) -> PatchReceipt {
         commit_stop_ns: 0,
         stops_ns: Vec::new(),
         disturbed: Vec::new(),
+        journal: None,
     }
 }
 

@@ -11,7 +11,8 @@ use ptrace_shim::{
 };
 
 use super::{ApplyError, Limits, commit, disturbance, filters, nanoseconds, options};
-use crate::manifest::{WindowRecord, slot_address};
+use crate::faults::{self, hit};
+use crate::manifest::{Manifest, Region, WindowRecord, slot_address};
 use crate::plan::{Access, Mapping, PatchPlan};
 use crate::report::Disturbed;
 
@@ -46,13 +47,18 @@ pub(super) fn prepare(
             map_all(borrowed, plan, &mut control)
         },
     )?;
+    hit(faults::MAPPED);
     let undo = Undo { gadgets, control };
     let filled = plan
         .mappings()
         .try_for_each(|mapping| fill(process, &memory, mapping, thread_pointer, limits, stops));
     match filled {
-        Ok(()) => Ok(undo),
+        Ok(()) => {
+            hit(faults::FILLED);
+            Ok(undo)
+        }
         Err(failure) => {
+            // Written down as being mapped: unmapped or not, that is true.
             take_back(process, plan, &undo, limits);
             Err(failure)
         }
@@ -60,12 +66,14 @@ pub(super) fn prepare(
 }
 
 /// Unmaps what [`prepare`] mapped. Nothing leads there; if it cannot be
-/// unmapped, unused memory stays behind, which is harmless.
-pub(super) fn take_back(process: &Process, plan: &PatchPlan, undo: &Undo, limits: &Limits) {
+/// unmapped, unused memory stays behind for now, which is harmless. Gives
+/// whether it was.
+pub(super) fn take_back(process: &Process, plan: &PatchPlan, undo: &Undo, limits: &Limits) -> bool {
     let gadgets = &undo.gadgets;
     let unrecorded = unrecord(process, plan);
     let (mut stops, mut disturbed) = (Vec::new(), Vec::new());
     let result = unrecorded.and_then(|()| {
+        hit(faults::UNRECORDED);
         with_borrowed(
             process,
             gadgets,
@@ -79,9 +87,12 @@ pub(super) fn take_back(process: &Process, plan: &PatchPlan, undo: &Undo, limits
             },
         )
     });
-    if let Err(error) = result {
+    if let Err(error) = &result {
         tracing::warn!(pid = plan.pid, %error, bytes = plan.mapped_bytes(), "unused memory stays in the worker");
+    } else {
+        hit(faults::TAKEN_BACK);
     }
+    result.is_ok()
 }
 
 /// Stops the worker's main thread, borrows it, and gives it back whatever
@@ -90,7 +101,7 @@ pub(super) fn take_back(process: &Process, plan: &PatchPlan, undo: &Undo, limits
 /// would have to wait for it, and nothing should be mapped for a patch that may
 /// never come to that. What the plan needs to call is checked first; without a
 /// plan, what was called before is taken back.
-fn with_borrowed(
+pub(super) fn with_borrowed(
     process: &Process,
     gadgets: &Gadgets,
     plan: Option<&PatchPlan>,
@@ -266,7 +277,14 @@ fn map_parts(
 }
 
 fn unmap(borrowed: &mut Borrowed, pid: i32, mapping: &Mapping) -> Result<(), ApplyError> {
-    let whole = mapping.reservation;
+    unmap_region(borrowed, pid, mapping.reservation)
+}
+
+pub(super) fn unmap_region(
+    borrowed: &mut Borrowed,
+    pid: i32,
+    whole: Region,
+) -> Result<(), ApplyError> {
     call(
         borrowed,
         pid,
@@ -301,20 +319,21 @@ fn mmap(
     }
 }
 
-fn call(
+pub(super) fn call(
     borrowed: &mut Borrowed,
     pid: i32,
     name: &'static str,
     nr: libc::c_long,
     arguments: [u64; 6],
 ) -> Result<u64, ApplyError> {
-    borrowed
-        .syscall(nr, arguments)?
-        .map_err(|errno| ApplyError::Call {
-            pid,
-            call: name,
-            errno,
-        })
+    hit(faults::CALL_BEFORE);
+    let result = borrowed.syscall(nr, arguments);
+    hit(faults::CALL_AFTER);
+    result?.map_err(|errno| ApplyError::Call {
+        pid,
+        call: name,
+        errno,
+    })
 }
 
 /// What is written in one stop where writing takes one, in bytes.
@@ -333,7 +352,7 @@ fn fill(
     let mut late = Vec::new();
     for part in mapping.parts.iter().filter(|p| !p.bytes.is_empty()) {
         match memory.write(Address(part.start), &part.bytes) {
-            Ok(()) => {}
+            Ok(()) => hit(faults::FILLED_PART),
             Err(Error::ForcedWriteForbidden { .. }) => late.push(part),
             Err(other) => return Err(other.into()),
         }
@@ -348,6 +367,7 @@ fn fill(
     }
     if let Some(field) = mapping.thread_field {
         memory.write(Address(field), &thread_pointer.to_le_bytes())?;
+        hit(faults::THREAD_FIELD);
     }
     let field = |part: &crate::plan::Part| {
         mapping
@@ -374,27 +394,39 @@ fn fill(
 /// says which does; the mark of a new area last of all, as nobody looks at an
 /// area without it.
 pub(super) fn record(process: &Process, plan: &PatchPlan) -> Result<(), ApplyError> {
-    let memory = Memory::open(process)?;
-    let control = plan.manifest.control;
-    let field = |offset: usize| Address(control + offset as u64);
     let fresh = plan.mapping.as_ref().is_some_and(|m| m.control.is_some());
-    memory.write(
-        Address(slot_address(control, plan.slot)),
-        &plan.manifest.encode()?,
-    )?;
+    write_record(process, &plan.manifest, plan.slot, fresh)
+}
+
+/// The same for any record; `fresh` is an area without a mark.
+pub(super) fn write_record(
+    process: &Process,
+    record: &Manifest,
+    slot: u8,
+    fresh: bool,
+) -> Result<(), ApplyError> {
+    let memory = Memory::open(process)?;
+    let control = record.control;
+    let field = |offset: usize| Address(control + offset as u64);
+    memory.write(Address(slot_address(control, slot)), &record.encode()?)?;
+    hit(faults::RECORD_SLOT);
     if fresh {
         memory.write(
             field(offset_of!(Control, worker)),
-            &plan.manifest.worker.to_le_bytes(),
+            &record.worker.to_le_bytes(),
         )?;
+        hit(faults::RECORD_WORKER);
         memory.write(
             field(offset_of!(Control, version)),
             &BRIDGE_VERSION.to_le_bytes(),
         )?;
+        hit(faults::RECORD_VERSION);
     }
-    memory.write(field(offset_of!(Control, manifest)), &[plan.slot])?;
+    memory.write(field(offset_of!(Control, manifest)), &[slot])?;
+    hit(faults::RECORD_HOLDS);
     if fresh {
         memory.write(Address(control), &MAGIC)?;
+        hit(faults::RECORD_MARK);
     }
     Ok(())
 }

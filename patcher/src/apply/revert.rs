@@ -8,11 +8,15 @@ use ptrace_shim::{Address, Memory, Process};
 use super::commit::{Direction, at_a_safe_moment};
 use super::{ApplyError, Limits, disturbance, nanoseconds, on_tracer_thread, open, prove};
 use crate::elf::hex;
+use crate::faults::{self, hit};
+use crate::journal::{Entry, Journal, Stage};
 use crate::manifest::{Present, WindowRecord};
 use crate::refused::Refused;
 use crate::report::RevertReceipt;
 
-/// Reverts `callee` in the worker that `present` was read from.
+/// Reverts `callee` in the worker that `present` was read from. It is written
+/// down first; where that cannot be it is done all the same, as the worker's
+/// record is enough to do it again, and the receipt says so.
 ///
 /// # Errors
 /// The worker is gone or cannot be written. That the bytes could not be
@@ -21,6 +25,7 @@ pub fn revert(
     present: &Present,
     callee: &str,
     limits: &Limits,
+    journal: &dyn Journal,
 ) -> Result<RevertReceipt, ApplyError> {
     let manifest = &present.manifest;
     let mut receipt = RevertReceipt {
@@ -31,6 +36,7 @@ pub fn revert(
         sites: Vec::new(),
         stops_ns: Vec::new(),
         disturbed: Vec::new(),
+        journal: None,
     };
     let windows = windows(present, callee);
     let foreign = foreign(present, callee);
@@ -43,15 +49,35 @@ pub fn revert(
         receipt.nothing = foreign.is_none();
         return Ok(told(receipt, foreign.as_ref()));
     }
+    let write = |stage: Stage| {
+        journal.write(&Entry {
+            pid: manifest.pid,
+            start_time: manifest.start_time,
+            stage,
+            record: Some(manifest.clone()),
+        })
+    };
     on_tracer_thread(|| {
         let process = open(manifest.pid, manifest.start_time)?;
+        let callee_now = callee.to_owned();
+        let written = write(Stage::Reverting { callee: callee_now });
+        receipt.journal = written.err().map(|e| e.0);
+        hit(faults::REVERTING);
         let memory = Memory::open(&process)?;
         // Those of older images too: an agent that died while it replaced one
         // left it open.
         for graft in manifest.grafts.iter().filter(|g| g.callee == callee) {
             memory.write(Address(manifest.gate(graft)), &[0])?;
+            hit(faults::REVERT_GATE);
         }
+        let settle = |receipt: &mut RevertReceipt| {
+            if let Err(error) = write(Stage::Settled) {
+                receipt.journal = Some(error.0);
+            }
+            hit(faults::REVERTED);
+        };
         if windows.is_empty() {
+            settle(&mut receipt);
             return Ok(told(receipt, foreign.as_ref()));
         }
         match restore(&process, &windows, limits) {
@@ -72,6 +98,7 @@ pub fn revert(
             }
             Err(other) => return Err(other),
         }
+        settle(&mut receipt);
         Ok(told(receipt, foreign.as_ref()))
     })
 }
@@ -132,10 +159,12 @@ fn restore(
         |stopped| {
             for window in windows {
                 stopped.write_code(Address(window.address), &window.before)?;
+                hit(faults::REVERT_WINDOW);
             }
             Ok(())
         },
     )
+    .inspect(|_| hit(faults::REVERT_RESUMED))
 }
 
 /// The windows in place that no other open edge needs: sites first, the entry

@@ -7,14 +7,14 @@ use std::sync::Arc;
 use nightgraft_bridge::abi;
 
 use super::dynamic;
-use super::fresh::fresh;
+use super::fresh::{fresh, imports_found};
 use super::{PatchPlan, Store, Unfused};
 use crate::analyses::Analyses;
 use crate::code::{CodeMap, Live, Site, Window};
 use crate::effects::{self, Allowance, Effect};
 use crate::elf::{Image, hex};
 use crate::load;
-use crate::manifest::{GraftRecord, Manifest, Present, WindowRecord};
+use crate::manifest::{GraftRecord, Manifest, Present, RECORD_FORMAT, WindowRecord};
 use crate::refused::Refused;
 use crate::room::AddressRoom;
 use crate::snapshot::{Module, Worker};
@@ -91,6 +91,12 @@ pub fn plan(input: &Input<'_>) -> Result<PatchPlan, Refused> {
         _ => fresh(input, &sites, &entry, build_id)?,
     };
     dynamic::complete(input, &sites, &mut plan)?;
+    if !plan.already {
+        let before = input.present.map_or(0, |p| p.manifest.generation);
+        plan.manifest.generation = before.saturating_add(1);
+        plan.manifest.format = RECORD_FORMAT;
+        plan.manifest.encode()?;
+    }
     Ok(plan)
 }
 
@@ -218,7 +224,8 @@ fn again(
         stores: if already {
             Vec::new()
         } else {
-            stores(&manifest, graft)
+            let found = imports_found(input.caller, manifest.worker);
+            [found, stores(&manifest, graft)].concat()
         },
         windows: in_order(windows),
         gate: manifest.gate(graft),

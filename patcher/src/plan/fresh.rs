@@ -23,7 +23,9 @@ use super::{Access, Mapping, Part, PatchPlan, Store, modes, placement};
 use crate::code::{Site, Stub, Tail, Window, WindowKind};
 use crate::load::interpose::{self, module_at};
 use crate::load::{self, Given, GivenTls, Loaded, Meaning, Place, Scope};
-use crate::manifest::{BridgeAddresses, GraftRecord, Manifest, Region, WindowRecord};
+use crate::manifest::{
+    BridgeAddresses, GraftRecord, Manifest, RECORD_FORMAT, Region, WindowRecord,
+};
 use crate::refused::Refused;
 use crate::room;
 use crate::snapshot::Worker;
@@ -543,6 +545,8 @@ impl Draft<'_> {
             Some(present) => present.manifest.clone(),
             None => Manifest {
                 version: abi::BRIDGE_VERSION,
+                format: RECORD_FORMAT,
+                generation: 0,
                 pid: input.caller.pid,
                 start_time: input.caller.start_time,
                 library: input.caller.function().path.clone(),
@@ -670,7 +674,7 @@ fn given(bridge: &BridgeAddresses, name: &str) -> Result<u64, Refused> {
 }
 
 /// The worker may have loaded an unwinder since its bridge was mapped.
-fn imports_found(caller: &Worker, worker: u64) -> Vec<Store> {
+pub(super) fn imports_found(caller: &Worker, worker: u64) -> Vec<Store> {
     let found = optional_imports(caller).into_iter().enumerate();
     found
         .filter(|(_, address)| *address != 0)

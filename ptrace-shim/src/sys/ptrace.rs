@@ -5,6 +5,7 @@
 //! `interrupt`) or has died.
 
 use super::step;
+use crate::faults::{self, Around};
 use crate::seccomp::Instruction;
 use crate::{Registers, Tid};
 use nix::errno::Errno;
@@ -52,8 +53,32 @@ unsafe fn request(
     data: *mut libc::c_void,
 ) -> Result<libc::c_long, Errno> {
     step();
+    let points = around(request);
+    faults::hit(points.before);
     // SAFETY: passed on to our caller.
-    Errno::result(unsafe { libc::ptrace(request, tid.as_raw(), address, data) })
+    let result = Errno::result(unsafe { libc::ptrace(request, tid.as_raw(), address, data) });
+    faults::hit(points.after);
+    result
+}
+
+/// The fault points of a request.
+const fn around(request: libc::c_uint) -> Around {
+    match request {
+        libc::PTRACE_SEIZE => faults::SEIZE,
+        libc::PTRACE_INTERRUPT => faults::INTERRUPT,
+        libc::PTRACE_CONT => faults::CONT,
+        libc::PTRACE_SYSCALL => faults::SYSCALL,
+        libc::PTRACE_DETACH => faults::DETACH,
+        PTRACE_SETREGSET => faults::SET_REGISTERS,
+        PTRACE_GETSIGMASK => faults::GET_MASK,
+        PTRACE_SETSIGMASK => faults::SET_MASK,
+        PTRACE_GET_RSEQ_CONFIGURATION => faults::RSEQ,
+        libc::PTRACE_POKEDATA => faults::POKE,
+        libc::PTRACE_GETEVENTMSG => faults::EVENT,
+        libc::PTRACE_GETSIGINFO => faults::SIGNAL,
+        PTRACE_PEEKSIGINFO => faults::PENDING,
+        _ => faults::GET_REGISTERS,
+    }
 }
 
 /// A request that takes no address, and a number as its data.
@@ -313,6 +338,7 @@ pub(crate) fn peek(tid: Tid, address: u64) -> Result<u64, Errno> {
     // a word of all ones from a failure.
     Errno::clear();
     step();
+    faults::hit(faults::PEEK.before);
     // SAFETY: the address is one in the traced process, not in ours.
     let word = unsafe {
         libc::ptrace(
@@ -322,7 +348,9 @@ pub(crate) fn peek(tid: Tid, address: u64) -> Result<u64, Errno> {
             null_mut::<libc::c_void>(),
         )
     };
-    match Errno::last() {
+    let last = Errno::last();
+    faults::hit(faults::PEEK.after);
+    match last {
         errno if word == -1 && errno != Errno::from_raw(0) => Err(errno),
         _ => Ok(word.cast_unsigned()),
     }

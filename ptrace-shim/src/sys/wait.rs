@@ -5,7 +5,7 @@
 //! dies between the wait and the resume would take the signal with it.
 
 use super::step;
-use crate::Tid;
+use crate::{Tid, faults};
 use nix::errno::Errno;
 use std::mem::MaybeUninit;
 
@@ -75,15 +75,18 @@ fn waitid(tid: Tid, flags: i32, patience: Patience) -> Result<Option<(i32, i32)>
             Patience::Poll => libc::WNOHANG,
         };
     let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
+    faults::hit(faults::WAIT.before);
     // SAFETY: the pointer is to a siginfo_t of ours.
-    Errno::result(unsafe {
+    let result = Errno::result(unsafe {
         libc::waitid(
             libc::P_PID,
             tid.as_raw().cast_unsigned(),
             info.as_mut_ptr(),
             flags,
         )
-    })?;
+    });
+    faults::hit(faults::WAIT.after);
+    result?;
     // SAFETY: zeroed is a valid value of this plain structure; where the
     // kernel reported something, si_status is the field it filled in.
     let (found, code, status) = unsafe {

@@ -333,3 +333,32 @@ fn a_thread_that_stops_late_is_let_go_of_then() {
     assert_eq!(subject.line(), "3");
     assert!(subject.end().success());
 }
+
+/// One that has reached its stop by then, late, is taken over by the next try
+/// from the same OS thread, and by no other.
+#[test]
+fn a_thread_that_stopped_late_is_stopped_again_from_the_same_thread() {
+    for all in [false, true] {
+        let (mut subject, leader) = Subject::ready("vfork-wait");
+        let process = subject.process();
+        subject.until_state(leader, 'D');
+        let hasty = StopOptions::from(Duration::from_millis(50));
+        tracer_thread(|| {
+            let stop = |options| match all {
+                true => stop_all(&process, options)?.resume().map(drop),
+                false => stop_thread(&process, leader, options)?.resume().map(drop),
+            };
+            let error = stop(hasty).unwrap_err();
+            assert!(matches!(error, Error::Timeout { .. }), "{error}");
+            // Still waiting: no better the second time.
+            let error = stop(hasty).unwrap_err();
+            assert!(matches!(error, Error::Timeout { .. }), "{error}");
+            subject.tell("x");
+            subject.until_state(leader, 't');
+            stop(patient())
+        })
+        .unwrap();
+        assert_eq!(subject.line(), "3");
+        assert!(subject.end().success());
+    }
+}

@@ -1,0 +1,676 @@
+//! The decision: a pure function of the evidence.
+
+use super::{Decision, Evidence, Found, Held, Live, Side, Step, Verdict};
+use crate::journal::{Entry, Stage};
+use crate::manifest::{Manifest, Region};
+
+/// Decides what is to be done about a worker.
+#[must_use]
+pub fn decide(pid: i32, start_time: u64, evidence: &Evidence) -> Decision {
+    let mut case = Case {
+        verdict: Verdict::Clean,
+        notes: Vec::new(),
+        steps: Vec::new(),
+    };
+    if !evidence.descriptors.is_empty() {
+        case.undone("a descriptor that a patch had open is closed".into());
+        case.steps.push(Step::Close(evidence.descriptors.clone()));
+    }
+    let counts = which_counts(evidence, &mut case);
+    case.unmap(evidence, counts.map(|(record, _)| record));
+    if let Some((record, live)) = counts
+        && case.verdict != Verdict::Left
+    {
+        case.edges(evidence, record, live);
+    }
+    let left = case.verdict == Verdict::Left;
+    let record = counts.map(|(record, _)| record.clone());
+    Decision {
+        entry: (!left).then(|| Entry::settled(pid, start_time, record)),
+        verdict: case.verdict,
+        notes: case.notes,
+        steps: case.steps,
+    }
+}
+
+struct Case {
+    verdict: Verdict,
+    notes: Vec<String>,
+    steps: Vec<Step>,
+}
+
+impl Case {
+    fn come_to(&mut self, verdict: Verdict, note: String) {
+        self.verdict = self.verdict.max(verdict);
+        self.notes.push(note);
+    }
+
+    fn undone(&mut self, note: String) {
+        self.come_to(Verdict::Undone, note);
+    }
+
+    fn left(&mut self, note: String) {
+        self.come_to(Verdict::Left, note);
+    }
+
+    /// Memory that was being mapped when the agent died.
+    fn unmap(&mut self, evidence: &Evidence, record: Option<&Manifest>) {
+        let Some(Entry {
+            stage: Stage::Mapping { callee, mappings },
+            ..
+        }) = &evidence.entry
+        else {
+            return;
+        };
+        let recorded = |region: &Region| {
+            record.is_some_and(|record| record.regions.iter().any(|r| overlap(r, region)))
+        };
+        let mut regions = Vec::new();
+        for (planned, held) in mappings.iter().zip(&evidence.held) {
+            let region = planned.reservation;
+            match held {
+                // An agent of another journal has patched since.
+                _ if recorded(&region) => {}
+                Held::Nothing => {}
+                Held::Ours => regions.push(region),
+                Held::Other => self.notes.push(format!(
+                    "at {:#x}, where {callee} was about to be mapped, there is something of the worker's own",
+                    region.start
+                )),
+            }
+        }
+        if !regions.is_empty() {
+            self.undone(format!(
+                "{callee} was being mapped: its memory is unmapped, nothing led there"
+            ));
+            self.steps.push(Step::Unmap(regions));
+        }
+    }
+
+    /// Edges that are half fused or half reverted.
+    fn edges(&mut self, evidence: &Evidence, record: &Manifest, live: &Live) {
+        self.verdict = self.verdict.max(Verdict::Adopted);
+        let strange: Vec<u64> = record
+            .windows
+            .iter()
+            .zip(&live.windows)
+            .filter(|(_, side)| **side == Side::Other)
+            .map(|(window, _)| window.address)
+            .collect();
+        if let Some(first) = strange.first() {
+            self.left(format!(
+                "the bytes at {first:#x}{} are neither the library's nor ours: another tool was here",
+                if strange.len() > 1 { " and elsewhere" } else { "" }
+            ));
+            return;
+        }
+        let stage = evidence
+            .entry
+            .as_ref()
+            .filter(|entry| {
+                let generation = entry.record.as_ref().map(|r| r.generation);
+                generation == Some(record.generation)
+            })
+            .map(|entry| &entry.stage);
+        let mut names: Vec<&str> = Vec::new();
+        for graft in record.grafts.iter().filter(|g| !g.replaced) {
+            if !names.contains(&graft.callee.as_str()) {
+                names.push(&graft.callee);
+            }
+        }
+        for name in names {
+            let edge = Edge::of(record, live, name);
+            match stage {
+                Some(Stage::Reverting { callee }) if callee == name && (edge.open || edge.some) => {
+                    self.come_to(
+                        Verdict::Completed,
+                        format!("{name} was being reverted: done"),
+                    );
+                    self.steps.push(Step::Revert(name.to_owned()));
+                }
+                Some(Stage::Committing { callee }) if callee == name => {
+                    if edge.open && edge.whole {
+                        self.come_to(
+                            Verdict::Completed,
+                            format!("{name} was being fused, and is"),
+                        );
+                    } else if edge.open || edge.some {
+                        self.undone(format!(
+                            "{name} was being fused: its calls take the RPC again, its image is kept"
+                        ));
+                        self.steps.push(Step::Revert(name.to_owned()));
+                    } else {
+                        self.undone(format!(
+                            "{name} was about to be fused: its image is kept for the next patch"
+                        ));
+                    }
+                }
+                _ if edge.open && !edge.whole => {
+                    self.undone(format!(
+                        "{name} is fused in part: its calls take the RPC again, its image is kept"
+                    ));
+                    self.steps.push(Step::Revert(name.to_owned()));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// What lives of one edge.
+struct Edge {
+    /// Its gate is open.
+    open: bool,
+    /// Every window that its calls need is in place.
+    whole: bool,
+    /// Some window is in place that its calls pass.
+    some: bool,
+}
+
+impl Edge {
+    fn of(record: &Manifest, live: &Live, name: &str) -> Edge {
+        let outermost = name.split('/').next().unwrap_or_default();
+        let windows = || record.windows.iter().zip(&live.windows);
+        let open = record
+            .grafts
+            .iter()
+            .zip(&live.gates)
+            .any(|(g, on)| *on && g.callee == name);
+        Edge {
+            open,
+            whole: windows()
+                .filter(|(w, _)| w.entry || w.passed_by(outermost))
+                .all(|(_, side)| *side == Side::After),
+            some: windows()
+                .filter(|(w, _)| !w.entry && w.passed_by(outermost))
+                .any(|(_, side)| *side == Side::After),
+        }
+    }
+}
+
+fn overlap(a: &Region, b: &Region) -> bool {
+    a.start < b.start.saturating_add(b.len) && b.start < a.start.saturating_add(a.len)
+}
+
+/// Which record counts, and what lives by it. A record that must be written
+/// first becomes a step.
+fn which_counts<'e>(evidence: &'e Evidence, case: &mut Case) -> Option<(&'e Manifest, &'e Live)> {
+    let found = match (&evidence.found, &evidence.found_live) {
+        (Found::Record(record), Some(live)) => Some((&**record, live)),
+        _ => None,
+    };
+    let entry = evidence.entry.as_ref();
+    let kept = entry.and_then(|entry| entry.record.as_ref());
+    let fitting = match (kept, &evidence.entry_live) {
+        (Some(record), Some(Ok(live))) if evidence.mapped.iter().all(|m| *m) => {
+            Some((record, live))
+        }
+        _ => None,
+    };
+    let misfit = match &evidence.entry_live {
+        Some(Err(why)) => why.as_str(),
+        _ => "not all of its memory is mapped",
+    };
+    match (found, kept) {
+        (Some((record, live)), None) => Some((record, live)),
+        (Some((record, live)), Some(kept)) if record.generation > kept.generation => {
+            // Another agent's, or the journal was away for a while.
+            Some((record, live))
+        }
+        (Some((record, live)), Some(kept)) if record.generation == kept.generation => {
+            if record != kept {
+                case.left(
+                    "the record in the worker and the journal's differ, and neither is newer"
+                        .into(),
+                );
+            }
+            Some((record, live))
+        }
+        (Some((record, live)), Some(kept)) => {
+            if let Some((kept, kept_live)) = fitting {
+                case.come_to(
+                    Verdict::Completed,
+                    "the record in the worker was not the last one: it is written from the journal"
+                        .into(),
+                );
+                case.steps.push(Step::Record(Box::new(kept.clone())));
+                return Some((kept, kept_live));
+            }
+            let new = kept
+                .regions
+                .iter()
+                .zip(&evidence.mapped)
+                .filter(|(region, _)| !record.regions.contains(region));
+            let committing = matches!(
+                entry.map(|entry| &entry.stage),
+                Some(Stage::Committing { .. })
+            );
+            if committing && new.clone().count() > 0 && new.clone().all(|(_, mapped)| !mapped) {
+                // Taken back, down to the last mapping.
+                return Some((record, live));
+            }
+            case.left(format!(
+                "the journal has a newer record than the worker, which does not fit it: {misfit}"
+            ));
+            Some((record, live))
+        }
+        (None, None) => {
+            if let Found::Damaged(why) = &evidence.found {
+                case.left(format!("{why}, and the journal has nothing of it"));
+            }
+            None
+        }
+        (None, Some(_)) => {
+            if let Some((kept, live)) = fitting {
+                let why = match &evidence.found {
+                    Found::Damaged(why) => why.clone(),
+                    _ => "there is no record in the worker".to_owned(),
+                };
+                case.come_to(
+                    Verdict::Completed,
+                    format!("{why}: it is written from the journal"),
+                );
+                case.steps.push(Step::Record(Box::new(kept.clone())));
+                return Some((kept, live));
+            }
+            match &evidence.found {
+                Found::Damaged(why) => {
+                    case.left(format!(
+                        "{why}, and the journal's record does not fit: {misfit}"
+                    ));
+                }
+                // Taken back, or the worker has executed another program.
+                _ if evidence.mapped.iter().all(|mapped| !mapped) => {}
+                _ => case.left(format!(
+                    "there is no record in the worker, and the journal's does not fit: {misfit}"
+                )),
+            }
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::journal::Planned;
+    use crate::manifest::{BridgeAddresses, GraftRecord, RECORD_FORMAT, WindowRecord};
+    use Side::{After, Before, Other};
+
+    const REGION: Region = Region {
+        start: 0x20_0000,
+        len: 0x1_0000,
+    };
+    const MORE: Region = Region {
+        start: 0x40_0000,
+        len: 0x1_0000,
+    };
+
+    fn window(address: u64, names: &[&str], entry: bool) -> WindowRecord {
+        WindowRecord {
+            address,
+            before: vec![1; 6],
+            after: vec![2; 6],
+            entry,
+            routine: false,
+            dynamic: false,
+            call: !entry,
+            site: 0,
+            copies: Vec::new(),
+            names: names.iter().map(|n| (*n).to_owned()).collect(),
+            cached: None,
+        }
+    }
+
+    fn graft(callee: &str, index: usize) -> GraftRecord {
+        GraftRecord {
+            callee: callee.into(),
+            parent: 0,
+            build_id: "ab".into(),
+            dependencies: String::new(),
+            library: "/functions/libbar.so".into(),
+            graft: 0x20_5000,
+            index,
+            slot: index,
+            image: REGION,
+            replaced: false,
+        }
+    }
+
+    /// Bar with its entry and two sites, and if there is more, Baz with one.
+    fn record(generation: u64) -> Manifest {
+        let mut record = Manifest {
+            version: 2,
+            format: RECORD_FORMAT,
+            generation,
+            pid: 7,
+            start_time: 99,
+            library: "/functions/libfoo.so".into(),
+            control: 0x20_8000,
+            worker: 0x20_0000,
+            bridge: BridgeAddresses {
+                enter: 0,
+                hook: 0,
+                routine: 0,
+                exports: BTreeMap::new(),
+            },
+            regions: vec![REGION],
+            windows: vec![
+                window(0x1000, &[], true),
+                window(0x2000, &["Bar"], false),
+                window(0x3000, &["Bar"], false),
+            ],
+            grafts: vec![graft("Bar", 0)],
+        };
+        if generation > 1 {
+            record.regions.push(MORE);
+            record.windows.push(window(0x4000, &["Baz"], false));
+            record.grafts.push(graft("Baz", 1));
+        }
+        record
+    }
+
+    fn live(windows: &[Side], gates: &[bool]) -> Live {
+        Live {
+            windows: windows.to_vec(),
+            gates: gates.to_vec(),
+        }
+    }
+
+    fn fused() -> Live {
+        live(&[After; 3], &[true])
+    }
+
+    fn entry(stage: Stage, record: Option<Manifest>) -> Entry {
+        Entry {
+            stage,
+            ..Entry::settled(7, 99, record)
+        }
+    }
+
+    fn committing() -> Stage {
+        Stage::Committing {
+            callee: "Bar".into(),
+        }
+    }
+
+    fn reverting() -> Stage {
+        Stage::Reverting {
+            callee: "Bar".into(),
+        }
+    }
+
+    fn mapping() -> Stage {
+        Stage::Mapping {
+            callee: "Baz".into(),
+            mappings: vec![Planned {
+                reservation: MORE,
+                parts: Vec::new(),
+                control: None,
+            }],
+        }
+    }
+
+    /// A worker whose record and journal agree.
+    fn agreed(record: &Manifest, stage: Stage, lives: Live) -> Evidence {
+        Evidence {
+            found: Found::Record(Box::new(record.clone())),
+            found_live: Some(lives.clone()),
+            entry: Some(entry(stage, Some(record.clone()))),
+            entry_live: Some(Ok(lives)),
+            held: Vec::new(),
+            mapped: vec![true; record.regions.len()],
+            descriptors: Vec::new(),
+        }
+    }
+
+    fn nothing() -> Evidence {
+        Evidence {
+            found: Found::Nothing,
+            found_live: None,
+            entry: None,
+            entry_live: None,
+            held: Vec::new(),
+            mapped: Vec::new(),
+            descriptors: Vec::new(),
+        }
+    }
+
+    fn decided(evidence: &Evidence) -> (Verdict, Vec<Step>, Option<Entry>) {
+        let decision = decide(7, 99, evidence);
+        assert_eq!(
+            decision.verdict > Verdict::Adopted,
+            !decision.notes.is_empty(),
+            "what is more than adopted is told: {decision:?}"
+        );
+        (decision.verdict, decision.steps, decision.entry)
+    }
+
+    fn settled(record: &Manifest) -> Option<Entry> {
+        Some(Entry::settled(7, 99, Some(record.clone())))
+    }
+
+    fn revert(name: &str) -> Vec<Step> {
+        vec![Step::Revert(name.into())]
+    }
+
+    #[test]
+    fn a_worker_without_anything_of_ours_is_clean() {
+        let (verdict, steps, entry) = decided(&nothing());
+        assert_eq!((verdict, steps), (Verdict::Clean, vec![]));
+        assert_eq!(entry, Some(Entry::settled(7, 99, None)));
+    }
+
+    #[test]
+    fn what_is_as_both_say_is_adopted() {
+        for lives in [
+            fused(),
+            live(&[Before; 3], &[false]),
+            // Quarantined, or a revert that found no moment.
+            live(&[After; 3], &[false]),
+        ] {
+            let evidence = agreed(&record(1), Stage::Settled, lives);
+            let expected = (Verdict::Adopted, vec![], settled(&record(1)));
+            assert_eq!(decided(&evidence), expected);
+        }
+    }
+
+    #[test]
+    fn without_a_journal_the_record_is_enough() {
+        let mut evidence = agreed(&record(1), Stage::Settled, fused());
+        (evidence.entry, evidence.entry_live) = (None, None);
+        evidence.mapped.clear();
+        let expected = (Verdict::Adopted, vec![], settled(&record(1)));
+        assert_eq!(decided(&evidence), expected);
+        evidence.found_live = Some(live(&[After, After, Before], &[true]));
+        let expected = (Verdict::Undone, revert("Bar"), settled(&record(1)));
+        assert_eq!(decided(&evidence), expected);
+    }
+
+    #[test]
+    fn without_a_record_the_journal_is_enough() {
+        for found in [
+            Found::Nothing,
+            Found::Damaged("a record whose checksum is wrong".into()),
+        ] {
+            let mut evidence = agreed(&record(1), Stage::Settled, fused());
+            (evidence.found, evidence.found_live) = (found, None);
+            let write = vec![Step::Record(Box::new(record(1)))];
+            let expected = (Verdict::Completed, write, settled(&record(1)));
+            assert_eq!(decided(&evidence), expected);
+        }
+    }
+
+    #[test]
+    fn a_damaged_record_without_a_journal_or_with_one_that_does_not_fit_is_left() {
+        let damaged = Found::Damaged("a record whose checksum is wrong".into());
+        let mut evidence = Evidence {
+            found: damaged.clone(),
+            ..nothing()
+        };
+        assert_eq!(decided(&evidence), (Verdict::Left, vec![], None));
+        evidence = agreed(&record(1), Stage::Settled, fused());
+        (evidence.found, evidence.found_live) = (damaged, None);
+        evidence.entry_live = Some(Err("there is no control area at 0x208000".into()));
+        assert_eq!(decided(&evidence), (Verdict::Left, vec![], None));
+        evidence.entry_live = Some(Ok(fused()));
+        evidence.mapped = vec![false];
+        assert_eq!(decided(&evidence), (Verdict::Left, vec![], None));
+    }
+
+    #[test]
+    fn a_patch_that_was_complete_is_adopted_and_any_other_undone() {
+        let evidence = agreed(&record(1), committing(), fused());
+        let expected = (Verdict::Completed, vec![], settled(&record(1)));
+        assert_eq!(decided(&evidence), expected);
+        for lives in [
+            live(&[Before; 3], &[true]),
+            live(&[After, Before, Before], &[true]),
+            live(&[After, After, Before], &[true]),
+            live(&[After, After, After], &[false]),
+        ] {
+            let evidence = agreed(&record(1), committing(), lives);
+            let expected = (Verdict::Undone, revert("Bar"), settled(&record(1)));
+            assert_eq!(decided(&evidence), expected);
+        }
+        let evidence = agreed(&record(1), committing(), live(&[Before; 3], &[false]));
+        let expected = (Verdict::Undone, vec![], settled(&record(1)));
+        assert_eq!(decided(&evidence), expected);
+    }
+
+    #[test]
+    fn a_record_that_was_about_to_be_written_is_written() {
+        // The first of a worker.
+        let untouched = live(&[Before; 3], &[false]);
+        let mut evidence = agreed(&record(1), committing(), untouched);
+        (evidence.found, evidence.found_live) = (Found::Nothing, None);
+        let write = vec![Step::Record(Box::new(record(1)))];
+        let expected = (Verdict::Undone, write, settled(&record(1)));
+        assert_eq!(decided(&evidence), expected);
+        // A further one; Bar stays fused.
+        let stage = Stage::Committing {
+            callee: "Baz".into(),
+        };
+        let lives = live(&[After, After, After, Before], &[true, false]);
+        let mut evidence = agreed(&record(2), stage, lives);
+        evidence.found = Found::Record(Box::new(record(1)));
+        evidence.found_live = Some(fused());
+        let write = vec![Step::Record(Box::new(record(2)))];
+        let expected = (Verdict::Undone, write, settled(&record(2)));
+        assert_eq!(decided(&evidence), expected);
+    }
+
+    #[test]
+    fn a_revert_is_brought_to_its_end() {
+        for lives in [
+            fused(),
+            live(&[After; 3], &[false]),
+            live(&[After, Before, After], &[false]),
+        ] {
+            let evidence = agreed(&record(1), reverting(), lives);
+            let expected = (Verdict::Completed, revert("Bar"), settled(&record(1)));
+            assert_eq!(decided(&evidence), expected);
+        }
+        let evidence = agreed(&record(1), reverting(), live(&[Before; 3], &[false]));
+        let expected = (Verdict::Adopted, vec![], settled(&record(1)));
+        assert_eq!(decided(&evidence), expected);
+    }
+
+    #[test]
+    fn memory_that_was_being_mapped_is_unmapped_only_where_it_is_ours() {
+        for (held, steps) in [
+            (Held::Nothing, vec![]),
+            (Held::Other, vec![]),
+            (Held::Ours, vec![Step::Unmap(vec![MORE])]),
+        ] {
+            let mut evidence = agreed(&record(1), mapping(), fused());
+            evidence.held = vec![held];
+            let decision = decide(7, 99, &evidence);
+            assert_eq!(decision.steps, steps, "{held:?}");
+            assert_eq!(decision.entry, settled(&record(1)));
+            // And where there was no record before.
+            let evidence = Evidence {
+                entry: Some(entry(mapping(), None)),
+                held: vec![held],
+                ..nothing()
+            };
+            let decision = decide(7, 99, &evidence);
+            assert_eq!(decision.steps, steps, "{held:?}");
+            assert_eq!(decision.entry, Some(Entry::settled(7, 99, None)));
+        }
+    }
+
+    #[test]
+    fn memory_that_a_record_names_is_never_unmapped() {
+        let mut evidence = agreed(&record(2), Stage::Settled, live(&[After; 4], &[true; 2]));
+        // An agent with another journal has patched since ours died.
+        evidence.entry = Some(entry(mapping(), Some(record(1))));
+        evidence.entry_live = Some(Ok(fused()));
+        evidence.held = vec![Held::Ours];
+        let expected = (Verdict::Adopted, vec![], settled(&record(2)));
+        assert_eq!(decided(&evidence), expected);
+    }
+
+    #[test]
+    fn a_patch_that_was_taken_back_leaves_the_record_of_before() {
+        let mut evidence = agreed(&record(1), Stage::Settled, fused());
+        evidence.entry = Some(entry(committing(), Some(record(2))));
+        evidence.entry_live = Some(Err("not ours".into()));
+        evidence.mapped = vec![true, false];
+        let expected = (Verdict::Adopted, vec![], settled(&record(1)));
+        assert_eq!(decided(&evidence), expected);
+        // But not while some of it is there.
+        evidence.mapped = vec![true, true];
+        assert_eq!(decided(&evidence), (Verdict::Left, vec![], None));
+    }
+
+    #[test]
+    fn a_worker_that_executed_another_program_is_clean() {
+        let mut evidence = agreed(&record(1), Stage::Settled, fused());
+        (evidence.found, evidence.found_live) = (Found::Nothing, None);
+        evidence.entry_live = Some(Err("there is no control area".into()));
+        evidence.mapped = vec![false];
+        let (verdict, steps, entry) = decided(&evidence);
+        assert_eq!((verdict, steps), (Verdict::Clean, vec![]));
+        assert_eq!(entry, Some(Entry::settled(7, 99, None)));
+    }
+
+    #[test]
+    fn strange_bytes_and_contradictions_are_left_alone() {
+        let evidence = agreed(
+            &record(1),
+            reverting(),
+            live(&[After, Other, After], &[true]),
+        );
+        assert_eq!(decided(&evidence), (Verdict::Left, vec![], None));
+        let mut evidence = agreed(&record(1), Stage::Settled, fused());
+        let mut other = record(1);
+        other.library = "/functions/other.so".into();
+        evidence.entry = Some(entry(Stage::Settled, Some(other)));
+        assert_eq!(decided(&evidence), (Verdict::Left, vec![], None));
+    }
+
+    #[test]
+    fn an_open_descriptor_is_closed_whatever_else_is_there() {
+        let evidence = Evidence {
+            descriptors: vec![9],
+            ..nothing()
+        };
+        let (verdict, steps, _) = decided(&evidence);
+        assert_eq!(
+            (verdict, steps),
+            (Verdict::Undone, vec![Step::Close(vec![9])])
+        );
+    }
+
+    #[test]
+    fn the_stage_of_an_older_entry_says_nothing_of_a_newer_record() {
+        let mut evidence = agreed(&record(2), Stage::Settled, live(&[After; 4], &[true; 2]));
+        evidence.entry = Some(entry(reverting(), Some(record(1))));
+        evidence.entry_live = Some(Ok(fused()));
+        let expected = (Verdict::Adopted, vec![], settled(&record(2)));
+        assert_eq!(decided(&evidence), expected);
+    }
+}
