@@ -597,7 +597,8 @@ fn a_worker_that_ends_or_executes_in_the_middle_of_a_patch() -> Result<()> {
         *came.entry(code.to_owned()).or_default() += 1;
     }
     println!("{came:?}");
-    ensure!(came.len() > 1, "always {came:?}");
+    // So that some did end in the middle.
+    ensure!(came.contains_key("worker-gone"), "{came:?}");
     Stage::new(&node, &agent, "Stays")?.works()?;
     node.stop()
 }
