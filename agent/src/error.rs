@@ -52,12 +52,12 @@ pub enum AgentError {
     },
     /// The function's workers run no C or C++ library.
     #[error(
-        "function {name} runs in a {language} worker (pid {pid}), which is not native: it can't be fused"
+        "function {name} runs in a worker that is not native (pid {pid}, {language}): only libraries in a func_worker_v1 can be fused"
     )]
     NotNative {
         /// The function.
         name: String,
-        /// Go, Node.js, Python, or "non-native" where that is not known.
+        /// Go, Node.js, Python, or "no func_worker_v1" where that is not known.
         language: String,
         /// One of its workers.
         pid: i32,

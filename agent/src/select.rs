@@ -182,7 +182,7 @@ pub fn native_workers(function: &Function) -> Result<Vec<(&Worker, Target)>, Age
             name: function.label(),
             language: match &worker.kind {
                 WorkerKind::NotNative { language } => language.clone(),
-                WorkerKind::Native => "non-native".to_owned(),
+                WorkerKind::Native => "no func_worker_v1".to_owned(),
             },
             pid: worker.pid,
         }),
@@ -327,7 +327,7 @@ mod tests {
         foo.workers.push(other_worker(50, "Go"));
         assert_eq!(
             text(&native_workers(&foo).unwrap_err()),
-            "function Foo runs in a Go worker (pid 50), which is not native: it can't be fused"
+            "function Foo runs in a worker that is not native (pid 50, Go): only libraries in a func_worker_v1 can be fused"
         );
         foo.workers.push(native_worker(51));
         assert_eq!(native_workers(&foo).unwrap()[0].0.pid, 51);

@@ -268,7 +268,7 @@ pub enum WorkerKind {
     Native,
     /// Anything else: can't be fused.
     NotNative {
-        /// `Go`, `Node.js`, `Python`, or `non-native` where that is not known.
+        /// `Go`, `Node.js`, `Python`, or `no func_worker_v1` where that is not known.
         language: String,
     },
 }

@@ -343,7 +343,7 @@ fn kind(mode: Option<&str>, runs_func_worker: bool) -> WorkerKind {
         Some("nodejs") => "Node.js",
         Some("python") => "Python",
         _ if runs_func_worker => return WorkerKind::Native,
-        _ => "non-native",
+        _ => "no func_worker_v1",
     };
     WorkerKind::NotNative {
         language: language.to_owned(),
