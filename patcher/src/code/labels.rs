@@ -49,6 +49,13 @@ pub(super) struct Labels {
     starts: Vec<(u64, Vec<u64>)>,
 }
 
+impl Labels {
+    /// Whether some instruction takes this address, outside of code.
+    pub(super) fn is_addressed(&self, at: u64) -> bool {
+        self.bases.contains(&at)
+    }
+}
+
 /// Collects the labels. The extents come back with the ranges between
 /// functions split where a label says that a function begins.
 pub(super) fn collect(

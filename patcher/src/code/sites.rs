@@ -326,7 +326,8 @@ fn argument(machine: &Machine<'_>, value: Value) -> Argument {
         Value::Stack { offset, .. } => Argument::Frame(offset),
         value => {
             let (constants, closed) = machine.sets.constants(value);
-            let small = |&c: &u64| c != 0 && c < SMALL;
+            // An image's first page may hold constants, too.
+            let small = |&c: &u64| c != 0 && c < SMALL && !machine.labels.is_addressed(c);
             if closed && !constants.is_empty() && constants.iter().all(small) {
                 Argument::Small
             } else {

@@ -159,12 +159,11 @@ fn mounts(spec: &ContainerSpec, root: &Path) -> Result<()> {
     fs::create_dir(&ipc)?;
     bind(&spec.ipc, &ipc)?;
     bind(&spec.logs, &root.join("outputs"))?;
-    fresh(
-        "tmpfs",
-        &root.join("tmp"),
-        secure,
-        Some("mode=1777,size=64m"),
-    )?;
+    let tmp = root.join("tmp");
+    // Where functions were built there, what they need lies there.
+    if fs::read_dir(&tmp)?.next().is_none() {
+        fresh("tmpfs", &tmp, secure, Some("mode=1777,size=64m"))?;
+    }
 
     // While another one is visible: in a user namespace of its own that is a
     // condition.
