@@ -47,6 +47,7 @@ Environment:
 Files:
   SOCKET.quarantine.json  edges that are not fused again until they are
                           unquarantined
+  STATE_DIR/journal.redb  what was done to workers
 
 Needs root; in a container --pid=host and --cap-add SYS_PTRACE.";
 

@@ -4,9 +4,9 @@
 //! the canary and the API are tested with a fake and no process is touched.
 //! Two kinds of call:
 //!
-//! * [`Grafter::patch`], [`Grafter::revert`], [`Grafter::recover`] change a worker. Only the driver's
-//!   thread calls them, one at a time, always the same OS thread (a tracee
-//!   belongs to the thread that seized it).
+//! * [`Grafter::patch`], [`Grafter::revert`], [`Grafter::recover`] change a
+//!   worker. Only the driver's thread calls them, one at a time, always the same
+//!   OS thread (a tracee belongs to the thread that seized it).
 //! * [`Grafter::explain`], [`Grafter::status`], [`Grafter::build_id`],
 //!   [`Grafter::hold`] only read, and [`Grafter::set_gate`] stores one byte. Any
 //!   thread may call them, also while a worker is being changed.

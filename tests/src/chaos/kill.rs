@@ -334,7 +334,7 @@ fn said_gone(code: u16, body: &Value) -> Result<()> {
                 .any(|outcome| worker["outcome"]["outcome"] == *outcome)
         })
     });
-    let refused = ["worker-gone", "no-workers", "canary-failed"]
+    let refused = ["worker-gone", "no-workers", "canary-failed", "quarantined"]
         .iter()
         .any(|known| body["error"]["code"] == *known);
     ensure!(gone || refused, "{code}: {body}");
