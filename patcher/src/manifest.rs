@@ -655,8 +655,12 @@ mod tests {
             Err("there is no control area at 0x100000".into())
         );
         let mut unmapped = maps();
-        unmapped.remove(2);
-        assert!(fits(&kept, &unmapped).unwrap_err().contains("no code"));
+        unmapped.remove(1);
+        assert!(
+            fits(&kept, &unmapped)
+                .unwrap_err()
+                .contains("no code of ours")
+        );
     }
 
     fn manifest() -> Manifest {

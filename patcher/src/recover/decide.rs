@@ -170,7 +170,11 @@ struct Edge {
 impl Edge {
     fn of(record: &Manifest, live: &Live, name: &str) -> Edge {
         let outermost = name.split('/').next().unwrap_or_default();
-        let windows = || record.windows.iter().zip(&live.windows);
+        // Nothing passes a window that has gone with its library.
+        let windows = || {
+            let all = record.windows.iter().zip(&live.windows);
+            all.filter(|(_, side)| **side != Side::Gone)
+        };
         let open = record
             .grafts
             .iter()
@@ -650,6 +654,21 @@ mod tests {
         other.library = "/functions/other.so".into();
         evidence.entry = Some(entry(Stage::Settled, Some(other)));
         assert_eq!(decided(&evidence), (Verdict::Left, vec![], None));
+    }
+
+    #[test]
+    fn a_window_that_has_gone_with_its_library_is_no_matter() {
+        use Side::Gone;
+        let evidence = agreed(
+            &record(1),
+            Stage::Settled,
+            live(&[After, Gone, After], &[true]),
+        );
+        let expected = (Verdict::Adopted, vec![], settled(&record(1)));
+        assert_eq!(decided(&evidence), expected);
+        let evidence = agreed(&record(1), reverting(), live(&[After, Gone, Gone], &[true]));
+        let expected = (Verdict::Completed, revert("Bar"), settled(&record(1)));
+        assert_eq!(decided(&evidence), expected);
     }
 
     #[test]

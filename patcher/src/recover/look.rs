@@ -31,7 +31,7 @@ pub(super) fn look(worker: Function<'_>, entry: Option<Entry>) -> Result<Evidenc
     let record = entry.as_ref().and_then(|entry| entry.record.as_ref());
     let entry_live = record.map(|record| {
         manifest::fits(record, &maps)
-            .and_then(|()| live(record, &memory).map_err(|e| e.to_string()))
+            .and_then(|()| live(record, &maps, &memory).map_err(|e| e.to_string()))
     });
     let mapped = record.map_or_else(Vec::new, |record| {
         let overlaps = |start: u64, end: u64| maps.iter().any(|m| m.start < end && m.end > start);
@@ -76,7 +76,9 @@ fn of_present(present: &Present) -> Live {
 }
 
 fn side(live: &[u8], before: &[u8], after: &[u8]) -> Side {
-    if live == after {
+    if live.is_empty() {
+        Side::Gone
+    } else if live == after {
         Side::After
     } else if live == before {
         Side::Before
@@ -85,11 +87,16 @@ fn side(live: &[u8], before: &[u8], after: &[u8]) -> Side {
     }
 }
 
-fn live(record: &Manifest, memory: &dyn Memory) -> Result<Live, SnapshotError> {
+fn live(record: &Manifest, maps: &[Map], memory: &dyn Memory) -> Result<Live, SnapshotError> {
     let mut windows = Vec::new();
     for window in &record.windows {
-        let mut bytes = vec![0; window.before.len()];
-        memory.read(window.address, &mut bytes)?;
+        let (start, end) = (window.address, window.end());
+        let is_code = |m: &Map| m.executable && m.start <= start && end <= m.end;
+        let mut bytes = Vec::new();
+        if maps.iter().any(is_code) {
+            bytes.resize(window.before.len(), 0);
+            memory.read(start, &mut bytes)?;
+        }
         windows.push(side(&bytes, &window.before, &window.after));
     }
     let mut gates = Vec::new();

@@ -58,6 +58,8 @@ pub enum Side {
     After,
     /// Others.
     Other,
+    /// No code is there any more: its library was closed.
+    Gone,
 }
 
 /// What lives in a worker, by one record.
