@@ -289,9 +289,15 @@ pub fn revert(
     journal: &dyn Journal,
 ) -> Result<RevertReceipt, Failure> {
     // What could not be put in order is reverted as far as it can be.
-    recovered(caller, limits, journal)?;
+    let recovered = recovered(caller, limits, journal)?;
+    let reverted = recovered.is_some_and(|r| r.reverted.iter().any(|callee| callee == name));
     match present(caller)? {
-        Some((present, _)) => Ok(apply::revert(&present, name, limits, journal)?),
+        Some((present, _)) => {
+            let mut receipt = apply::revert(&present, name, limits, journal)?;
+            // Putting it in order was just that.
+            receipt.nothing &= !reverted;
+            Ok(receipt)
+        }
         None => Ok(RevertReceipt {
             pid: caller.pid,
             nothing: true,

@@ -145,7 +145,9 @@ impl Case {
                         ));
                     }
                 }
-                _ if edge.open && !edge.whole => {
+                // With an entry it is known that no agent died in this edge: a
+                // library was closed and opened again, say.
+                None if edge.open && !edge.whole => {
                     self.undone(format!(
                         "{name} is fused in part: its calls take the RPC again, its image is kept"
                     ));
@@ -491,6 +493,17 @@ mod tests {
         evidence.found_live = Some(live(&[After, After, Before], &[true]));
         let expected = (Verdict::Undone, revert("Bar"), settled(&record(1)));
         assert_eq!(decided(&evidence), expected);
+    }
+
+    #[test]
+    fn windows_that_are_gone_without_an_agent_s_doing_are_left_so() {
+        for stage in [Stage::Settled, mapping()] {
+            let lives = live(&[After, After, Before], &[true]);
+            let mut evidence = agreed(&record(1), stage, lives);
+            evidence.held = vec![Held::Nothing];
+            let expected = (Verdict::Adopted, vec![], settled(&record(1)));
+            assert_eq!(decided(&evidence), expected);
+        }
     }
 
     #[test]

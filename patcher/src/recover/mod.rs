@@ -142,6 +142,9 @@ pub struct Recovered {
     pub verdict: Verdict,
     /// What was found and done; sentences.
     pub notes: Vec<String>,
+    /// Edges that were reverted.
+    #[serde(default)]
+    pub reverted: Vec<String>,
 }
 
 /// Whether anything would be done to the worker. Touches nothing, not even
@@ -181,9 +184,14 @@ pub fn recover(
     hit(faults::DECIDED);
     notes.extend(decision.notes);
     let mut verdict = decision.verdict;
+    let mut reverted = Vec::new();
     for step in &decision.steps {
         match act(worker, step, limits) {
-            Ok(None) => {}
+            Ok(None) => {
+                if let Step::Revert(callee) = step {
+                    reverted.push(callee.clone());
+                }
+            }
             Ok(Some(note)) => notes.push(note),
             Err(Failure::Snapshot(SnapshotError::Gone { pid })) => {
                 return Err(Failure::Snapshot(SnapshotError::Gone { pid }));
@@ -208,6 +216,7 @@ pub fn recover(
         pid,
         verdict,
         notes,
+        reverted,
     })
 }
 
