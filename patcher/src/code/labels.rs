@@ -45,14 +45,20 @@ pub(super) struct Labels {
     pub(super) thunks: HashMap<u64, Register>,
     /// What `lea` takes the address of, outside of code: tables among it.
     bases: BTreeSet<u64>,
+    /// What of the image's first page `lea` takes the address of.
+    low: BTreeSet<u64>,
     /// Where instructions begin, a bit per byte of each executable range.
     starts: Vec<(u64, Vec<u64>)>,
 }
 
+/// End of the image's first page.
+const FIRST_PAGE: u64 = 4096;
+
 impl Labels {
-    /// Whether some instruction takes this address, outside of code.
+    /// Whether some instruction takes this address, of something in the image's
+    /// first page. Elsewhere a number is no address by its size.
     pub(super) fn is_addressed(&self, at: u64) -> bool {
-        self.bases.contains(&at)
+        self.low.contains(&at)
     }
 }
 
@@ -168,6 +174,9 @@ impl Labels {
                 if instruction.mnemonic() == Mnemonic::Lea && instruction.is_ip_rel_memory_operand()
                 {
                     let at = instruction.ip_rel_memory_address();
+                    if at < FIRST_PAGE {
+                        self.low.insert(at);
+                    }
                     if image.is_code(at) {
                         self.all.push(at);
                         self.functions.push(at);
