@@ -101,7 +101,7 @@ fn main() -> Result<()> {
             cargo(["build", "--workspace", "--bins"], [])?;
             run::faulty()?;
             cargo(
-                ["test", "--workspace"],
+                ["test", "--workspace", "--no-fail-fast"],
                 passed.arguments.iter().map(OsString::as_os_str),
             )?;
             // Last, and alone: emulated processors are slow enough.
