@@ -23,8 +23,8 @@ use crate::snapshot::{Map, Memory, SnapshotError};
 
 /// Format of the record itself. What is added to it within a format may be
 /// missed by older agents without harm; anything else makes another format,
-/// which they refuse.
-pub const RECORD_FORMAT: u32 = 1;
+/// which they refuse. In format 1 no window jumps to filler.
+pub const RECORD_FORMAT: u32 = 2;
 
 /// A range of live addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,8 +48,8 @@ pub struct BridgeAddresses {
     pub exports: BTreeMap<String, u64>,
 }
 
-/// One window.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// One window, or the filler that one jumps to.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WindowRecord {
     /// First byte, live.
     pub address: u64,
@@ -67,8 +67,19 @@ pub struct WindowRecord {
     /// A site that was seen at run time: any name can pass it.
     #[serde(default)]
     pub dynamic: bool,
-    /// A call (its return address is the window's end), not a jump.
+    /// It is written as a call, whose return address is the window's end.
     pub call: bool,
+    /// A call written as a jump: its stub pushes the window's end.
+    #[serde(default)]
+    pub jumped: bool,
+    /// A tail jump that was seen at run time: where the calls that led to it
+    /// return, live.
+    #[serde(default)]
+    pub returns: Vec<u64>,
+    /// Filler that the window at this address jumps to, where it leads on; 0
+    /// for a window. It has no site and no copies of its own.
+    #[serde(default)]
+    pub hop_of: u64,
     /// The site's (or routine's) record in the worker's memory; 0 for the entry.
     pub site: u64,
     /// Where the original instructions went: offset in the window, live
@@ -81,6 +92,24 @@ pub struct WindowRecord {
 }
 
 impl WindowRecord {
+    /// Whether it is where calls are led away from.
+    #[must_use]
+    pub fn is_site(&self) -> bool {
+        !self.entry && !self.routine && self.hop_of == 0
+    }
+
+    /// Whether it is a call, in whatever way it was written.
+    #[must_use]
+    pub fn is_call(&self) -> bool {
+        self.call || self.jumped
+    }
+
+    /// Whether a call that returns to this live address is led away here.
+    #[must_use]
+    pub fn returns_to(&self, address: u64) -> bool {
+        self.is_call() && self.end() == address || self.returns.contains(&address)
+    }
+
     /// Whether it serves calls of every callee: it goes with the last one.
     #[must_use]
     pub fn serves_all(&self) -> bool {
@@ -264,7 +293,7 @@ impl Present {
         self.seen.iter().filter(move |call| {
             let window = (0..self.manifest.windows.len()).any(|i| {
                 let w = &self.manifest.windows[i];
-                w.call && w.end() == call.seen.return_address && self.in_place(i)
+                w.returns_to(call.seen.return_address) && self.in_place(i)
             });
             call.grafts & bit != 0 && !window
         })
@@ -634,7 +663,10 @@ mod tests {
         let error = find(7, 99, &maps(), &memory(&newer)).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "the worker holds a record of format 2 (this agent knows those up to 1)"
+            format!(
+                "the worker holds a record of format {} (this agent knows those up to {RECORD_FORMAT})",
+                RECORD_FORMAT + 1
+            )
         );
         let mut text = serde_json::to_value(manifest()).unwrap();
         for field in ["format", "generation"] {
@@ -687,14 +719,12 @@ mod tests {
                 address: 0x40_0010,
                 before: vec![0x49, 0x89, 0xe0, 0xff, 0x55, 0x08],
                 after: vec![0x90, 0xe8, 0, 0, 0, 0],
-                entry: false,
-                routine: false,
-                dynamic: false,
                 call: true,
                 site: 0x20_4000,
                 copies: vec![(0, 0x20_9000), (3, 0x20_9005)],
                 names: vec!["Bar".into()],
                 cached: Some("Bar".into()),
+                ..WindowRecord::default()
             }],
             grafts: vec![GraftRecord {
                 callee: "Bar".into(),

@@ -53,7 +53,7 @@ pub fn status(present: &Present, memory: &dyn Memory) -> Result<WorkerStatus, Sn
             failure: failure(graft, present.states[index], memory)?,
             sites: sites
                 .into_iter()
-                .filter(|i| !manifest.windows[*i].routine)
+                .filter(|i| manifest.windows[*i].is_site())
                 .map(|i| manifest.windows[i].address)
                 .collect(),
             routine,

@@ -111,7 +111,7 @@ pub(super) fn at_a_safe_moment(
 ) -> Result<Stop, ApplyError> {
     let pid = process.pid().as_raw();
     let since = Instant::now();
-    let spans: Vec<Span> = windows.iter().map(|w| (w.address, w.end())).collect();
+    let spans: Vec<Span> = windows.iter().map(span).collect();
     loop {
         wait_for_quiet(process, limits);
         let maps = ranges(process)?;
@@ -219,6 +219,13 @@ fn find_moves(
     Ok(moves)
 }
 
+/// What no thread may be strictly inside of. A jump in filler has no original
+/// that its start could stand for.
+fn span(window: &WindowRecord) -> Span {
+    let start = window.address - u64::from(window.hop_of != 0);
+    (start, window.end())
+}
+
 struct Move {
     rip: u64,
     rsp: u64,
@@ -228,9 +235,13 @@ struct Move {
 
 fn moved(window: &WindowRecord, rip: u64, rsp: u64, direction: Direction) -> Option<Move> {
     match direction {
-        // Only no-operations lie between the start and our branch.
+        // Only no-operations lie between the start and our branch, and
+        // nothing was done yet before the jump in filler.
         Direction::Out => Some(Move {
-            rip: window.address,
+            rip: match window.hop_of {
+                0 => window.address,
+                from => from,
+            },
             rsp,
             push: None,
         }),
@@ -273,7 +284,7 @@ pub(super) fn interrupted_site(
     windows: &[WindowRecord],
     maps: &[(u64, u64)],
 ) -> Option<String> {
-    let spans: Vec<Span> = windows.iter().map(|w| (w.address, w.end())).collect();
+    let spans: Vec<Span> = windows.iter().map(span).collect();
     let memory = stopped.memory();
     let stack = Live { memory, maps };
     let found = frames::interrupted(stopped.registers().rsp, &stack, &spans);
@@ -313,14 +324,9 @@ mod tests {
             address: 0x1000,
             before: vec![0; 6],
             after: vec![0; 6],
-            entry: false,
-            routine: false,
-            dynamic: false,
             call,
-            site: 0,
             copies: vec![(0, 0x9000), (3, 0x9005)],
-            names: Vec::new(),
-            cached: None,
+            ..WindowRecord::default()
         }
     }
 
@@ -356,6 +362,34 @@ mod tests {
     fn a_jump_pushes_nothing() {
         let to = moved(&window(false), 0x1003, 0x7ff0, Direction::In).unwrap();
         assert_eq!((to.rip, to.rsp, to.push), (0x9005, 0x7ff0, None));
+    }
+
+    #[test]
+    fn a_thread_in_filler_goes_back_to_the_call() {
+        let hop = WindowRecord {
+            address: 0x1040,
+            before: vec![0x90; 5],
+            hop_of: 0x1000,
+            ..window(false)
+        };
+        assert_eq!(frames::inside(0x1040, &[span(&hop)]), Some(0));
+        assert_eq!(frames::inside(0x103f, &[span(&hop)]), None);
+        assert_eq!(frames::inside(0x1045, &[span(&hop)]), None);
+        let to = moved(&hop, 0x1040, 0x7ff0, Direction::Out).unwrap();
+        assert_eq!((to.rip, to.rsp, to.push), (0x1000, 0x7ff0, None));
+        assert!(
+            moved(
+                &WindowRecord {
+                    copies: Vec::new(),
+                    ..hop
+                },
+                0x1040,
+                0x7ff0,
+                Direction::In
+            )
+            .is_none(),
+            "nobody is in what never runs"
+        );
     }
 
     #[test]

@@ -333,7 +333,7 @@ fn finish(
     let sites = plan
         .windows
         .iter()
-        .filter(|w| !w.entry && !w.routine)
+        .filter(|w| w.is_site())
         .map(|window| prove(process, window, &window.after))
         .collect::<Result<_, _>>()?;
     Ok(PatchReceipt {

@@ -88,7 +88,7 @@ pub fn revert(
                     .extend(stop.disturbed.iter().map(disturbance));
                 receipt.sites = windows
                     .iter()
-                    .filter(|w| !w.entry && !w.routine)
+                    .filter(|w| w.is_site())
                     .map(|w| prove(&process, w, &w.before))
                     .collect::<Result<_, _>>()?;
             }
@@ -167,8 +167,9 @@ fn restore(
     .inspect(|_| hit(faults::REVERT_RESUMED))
 }
 
-/// The windows in place that no other open edge needs: sites first, the entry
-/// last, so that outputs are reclaimed for as long as there are any.
+/// The windows in place that no other open edge needs: sites first, then the
+/// filler that some jumped to, the entry last, so that outputs are reclaimed
+/// for as long as there are any.
 fn windows(present: &Present, callee: &str) -> Vec<WindowRecord> {
     let manifest = &present.manifest;
     let in_place = |index: &usize| present.in_place(*index);
@@ -181,6 +182,7 @@ fn windows(present: &Present, callee: &str) -> Vec<WindowRecord> {
         .filter(|w| !w.entry && w.passed_by(callee) && !needed(w))
         .cloned()
         .collect();
+    out.sort_by_key(|w| w.hop_of != 0);
     let some_site_stays = all
         .iter()
         .map(|i| &manifest.windows[*i])

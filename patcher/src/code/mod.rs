@@ -38,9 +38,9 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 pub use routine::Executable;
-pub use seen::{Live, NotASite, Seen};
+pub use seen::{Live, NotASite, Seen, SeenSite};
 pub use stub::{Line, OutOfReach, Stub, StubError, Tail};
-pub use window::{NoWindow, Obstacle, Target, Window, WindowKind};
+pub use window::{Hop, NoWindow, Obstacle, Target, Window, WindowKind};
 
 /// A virtual address in the image, as the library's file has it. The live
 /// address is this plus the load bias.
@@ -173,7 +173,7 @@ impl CodeMap {
         for mut found in all {
             found.names.sort_by_key(|n| n.at);
             let window = window::of_site(&code, found.at, found.kind, &taken);
-            taken.extend(window.as_ref().ok().map(Window::range));
+            taken.extend(window.iter().flat_map(Window::ranges));
             sites.push(Site {
                 at: ImageAddress(found.at),
                 function: ImageAddress(found.function),

@@ -5,7 +5,8 @@
 //! further out, of another function. Such a call is direct, or goes through a
 //! pointer to something else. The registers at the entry are those of the call
 //! itself, so what it went through can be read again: a register exactly,
-//! memory as it is now.
+//! memory as it is now. Where the outer call is direct, the same tells which
+//! jump of the function that it calls made the RPC.
 
 use iced_x86::{Code as Opcode, Instruction, OpKind, Register};
 
@@ -57,15 +58,42 @@ pub enum NotASite {
         /// The call.
         at: ImageAddress,
     },
-    /// It is one, but its bytes cannot be replaced.
-    #[error(transparent)]
-    NoWindow(#[from] NoWindow),
+}
+
+/// A call or jump that made an RPC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SeenSite {
+    /// The call or jump.
+    pub at: ImageAddress,
+    kind: SiteKind,
 }
 
 impl CodeMap {
-    /// The window of the site that made a call, in this library loaded at
-    /// `bias`. `invoke` is the worker's routine, `taken` are live ranges of
-    /// other windows.
+    /// The window of a site that was seen, in this library loaded at `bias`.
+    /// `taken` are live ranges of other windows.
+    ///
+    /// # Errors
+    /// [`NoWindow`].
+    pub fn seen_window(
+        &self,
+        site: SeenSite,
+        bias: u64,
+        taken: &[(u64, u64)],
+    ) -> Result<Window, NoWindow> {
+        let code = Code::new(&self.image, &self.extents, &self.labels);
+        let mut others: Vec<(u64, u64)> = taken
+            .iter()
+            .map(|(start, end)| (start.wrapping_sub(bias), end.wrapping_sub(bias)))
+            .collect();
+        // A static site's own window is the one to be found here.
+        let known = self.sites.iter().filter(|s| s.at != site.at);
+        others.extend(known.flat_map(|s| s.window.iter().flat_map(Window::ranges)));
+        others.extend(self.entry_window("faas_func_call").ok().map(|w| w.range()));
+        of_site(&code, site.at.0, site.kind, &others)
+    }
+
+    /// The site that made a call, in this library loaded at `bias`. `invoke`
+    /// is the worker's routine.
     ///
     /// # Errors
     /// [`NotASite`].
@@ -75,8 +103,7 @@ impl CodeMap {
         bias: u64,
         invoke: u64,
         live: &dyn Live,
-        taken: &[(u64, u64)],
-    ) -> Result<Window, NotASite> {
+    ) -> Result<SeenSite, NotASite> {
         let code = Code::new(&self.image, &self.extents, &self.labels);
         let to = seen.return_address.wrapping_sub(bias);
         let no_call = NotASite::NoCall {
@@ -95,10 +122,13 @@ impl CodeMap {
         let (kind, target) = match call.code() {
             Opcode::Call_rm64 => (SiteKind::Call, self.target(call, seen, bias, live)),
             Opcode::Call_rel32_64 => {
-                let thunk = self.labels.thunks.get(&call.near_branch_target());
-                let register = thunk.ok_or(NotASite::Direct {
-                    to: ImageAddress(to),
-                })?;
+                let target = call.near_branch_target();
+                let Some(register) = self.labels.thunks.get(&target) else {
+                    let jump = self.tail_jump(&code, target, seen, bias, invoke, live);
+                    return jump.ok_or(NotASite::Direct {
+                        to: ImageAddress(to),
+                    });
+                };
                 (SiteKind::ThunkCall, value(*register, seen))
             }
             _ => return Err(no_call),
@@ -107,15 +137,40 @@ impl CodeMap {
         if target.is_some_and(|target| target != invoke) {
             return Err(NotASite::OtherTarget { at });
         }
-        let mut others: Vec<(u64, u64)> = taken
-            .iter()
-            .map(|(start, end)| (start.wrapping_sub(bias), end.wrapping_sub(bias)))
-            .collect();
-        // A static site's own window is the one to be found here.
-        let known = self.sites.iter().filter(|s| s.at != at);
-        others.extend(known.filter_map(|s| s.window.as_ref().ok().map(Window::range)));
-        others.extend(self.entry_window("faas_func_call").ok().map(|w| w.range()));
-        Ok(of_site(&code, call.ip(), kind, &others)?)
+        Ok(SeenSite { at, kind })
+    }
+
+    /// The only jump of the function at `function` that can have gone to the
+    /// routine.
+    fn tail_jump(
+        &self,
+        code: &Code<'_>,
+        function: u64,
+        seen: &Seen,
+        bias: u64,
+        invoke: u64,
+        live: &dyn Live,
+    ) -> Option<SeenSite> {
+        let extent = &self.extents[index_of(&self.extents, function)?];
+        if extent.start != function {
+            return None;
+        }
+        let all = code.decode(extent);
+        let mut jumps = all.iter().filter_map(|i| {
+            let (kind, target) = match i.code() {
+                Opcode::Jmp_rm64 => (SiteKind::TailJump, self.target(i, seen, bias, live)),
+                Opcode::Jmp_rel32_64 => {
+                    let register = self.labels.thunks.get(&i.near_branch_target())?;
+                    (SiteKind::ThunkJump, value(*register, seen))
+                }
+                _ => return None,
+            };
+            (target == Some(invoke)).then_some(SeenSite {
+                at: ImageAddress(i.ip()),
+                kind,
+            })
+        });
+        jumps.next().filter(|_| jumps.next().is_none())
     }
 
     /// What the call went to, if that can still be told.

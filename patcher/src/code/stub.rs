@@ -13,6 +13,9 @@
 //!    [rsp+8] the return address                 jmp fast
 //! ```
 //!
+//! Where the window jumps in place of a call, the return address is pushed
+//! before the target is.
+//!
 //! On the way to the bridge only r11 is lost (not even flags). The target is
 //! read before r11 is: it may come from there. The hook keeps every register
 //! but vectors, and flags, which nobody reads at a function's entry.
@@ -135,6 +138,11 @@ const NOPS: [&[u8]; 9] = [
     &[0x66, 0x0f, 0x1f, 0x84, 0x00, 0x00, 0x00, 0x00, 0x00],
 ];
 
+/// Length of `jmp rel8`.
+const SHORT: u64 = 2;
+/// `push [rip+…]`, without its displacement.
+const PUSH: [u8; 2] = [0xff, 0x35];
+
 /// The displacement of a near branch that ends at `from`.
 fn rel32(from: u64, to: u64) -> Result<[u8; 4], OutOfReach> {
     let distance = to.wrapping_sub(from) as i64;
@@ -166,7 +174,17 @@ impl Window {
         let start = bias.wrapping_add(self.start.0);
         let length = self.before.len();
         let mut bytes = Vec::with_capacity(length);
-        if self.kind == WindowKind::Call {
+        if let Some(hop) = &self.hop {
+            let distance = hop.at.0.wrapping_sub(self.start.0 + SHORT) as i64;
+            // It was chosen to be in reach.
+            let near = i8::try_from(distance).map_err(|_| OutOfReach {
+                from: start.wrapping_add(SHORT),
+                to: bias.wrapping_add(hop.at.0),
+                by: distance.unsigned_abs() - 128,
+            })?;
+            bytes.extend([0xeb, near.cast_unsigned()]);
+            bytes.resize(length.max(bytes.len()), 0xcc);
+        } else if self.kind == WindowKind::Call {
             let mut filler = length.saturating_sub(NEAR as usize);
             while filler > 0 {
                 let nop = NOPS[filler.min(NOPS.len()) - 1];
@@ -181,6 +199,20 @@ impl Window {
             bytes.resize(length.max(bytes.len()), 0xcc);
         }
         Ok(bytes)
+    }
+
+    /// The bytes to write over the filler that the window jumps to, if it does.
+    ///
+    /// # Errors
+    /// [`OutOfReach`] if the stub is more than 2 GiB away.
+    pub fn hop_after(&self, bias: u64, stub: u64) -> Result<Option<Vec<u8>>, OutOfReach> {
+        let Some(hop) = &self.hop else {
+            return Ok(None);
+        };
+        let end = bias.wrapping_add(hop.at.0).wrapping_add(NEAR);
+        let mut bytes = vec![0xe9];
+        bytes.extend(rel32(end, stub)?);
+        Ok(Some(bytes))
     }
 
     /// The stub to be written at the live address `at`, for a library loaded
@@ -209,9 +241,17 @@ impl Window {
             ) if self.kind != WindowKind::Entry => {
                 self.displace(displaced, bias, &mut writer)?;
                 writer.boundary(self.branch);
+                let pushed =
+                    (self.kind == WindowKind::JumpedCall).then(|| writer.reserve(PUSH.len() + 4));
                 writer.instruction(&self.push_target(branch)?)?;
                 writer.instruction(&movabs(site_record)?)?;
                 writer.quad_jump(bridge_entry)?;
+                if let Some(place) = pushed {
+                    let back = writer.here();
+                    writer.quad(branch.next_ip());
+                    writer.fill_branch(place, &PUSH, back)?;
+                    writer.stub.listing.sort_by_key(|line| line.offset);
+                }
             }
             (
                 Tail::Routine {
@@ -294,7 +334,7 @@ impl Window {
         // Behind the two instructions, which have six bytes each.
         let target = writer.here().wrapping_add(12);
         let back = target.wrapping_add(8);
-        writer.branch(&[0xff, 0x35], back)?; // push [rip + ...]
+        writer.branch(&PUSH, back)?;
         writer.branch(&[0xff, 0x25], target)?; // jmp [rip + ...]
         writer.quad(call.near_branch_target());
         writer.quad(call.next_ip());
@@ -335,7 +375,8 @@ impl Window {
                 if push.segment_prefix() == Register::DS {
                     push.set_segment_prefix(Register::None);
                 }
-                if self.kind == WindowKind::Call {
+                // The return address is there already.
+                if self.kind.is_call() {
                     raise_rsp(&mut push);
                 }
                 Ok(push)

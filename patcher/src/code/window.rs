@@ -13,7 +13,20 @@
 //! `call stub` pushed, so operands relative to `rsp` move by 8 and everything
 //! else that knows `rsp` is refused. `jmp stub` pushes nothing: in a jump
 //! window (a tail jump) and in an entry window `rsp` is free to be used.
+//!
+//! Where a call window is not to be had, the call itself may become a jump,
+//! whose stub pushes the return address. It costs a mispredicted return, and
+//! comes second:
+//!
+//! ```text
+//!  pushes before the call      a call that is a branch target itself
+//!    push r12  ┐ jmp stub        call rax ─► jmp short filler
+//!    call rax  ┘                 …
+//!                                ret
+//!                                nop…     ─► filler: jmp stub
+//! ```
 
+mod filler;
 mod obstacle;
 
 use iced_x86::{
@@ -40,6 +53,9 @@ const PAGE: u64 = 4096;
 pub enum WindowKind {
     /// A call: `call stub`, ending where it ended.
     Call,
+    /// A call, led away by a jump: the stub pushes the return address, which
+    /// is the window's end.
+    JumpedCall,
     /// A tail jump: `jmp stub`.
     Jump,
     /// The start of a function: `jmp stub`.
@@ -73,6 +89,27 @@ pub struct Window {
     /// offset behind the displaced instructions. What lies before it is
     /// displaced into the stub.
     pub branch: u8,
+    /// Bytes elsewhere that the window jumps to, having too few of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hop: Option<Hop>,
+}
+
+/// Filler that never runs, in reach of a jump of two bytes, with room for one
+/// of five.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hop {
+    /// Its first byte.
+    pub at: ImageAddress,
+    /// The bytes that are there, as the file has them.
+    pub before: Vec<u8>,
+}
+
+impl WindowKind {
+    /// Whether the window ends at a return address.
+    #[must_use]
+    pub fn is_call(self) -> bool {
+        matches!(self, WindowKind::Call | WindowKind::JumpedCall)
+    }
 }
 
 /// Why an instruction can't be displaced.
@@ -205,6 +242,18 @@ impl Window {
         (start, start.saturating_add(self.before.len() as u64))
     }
 
+    /// All ranges that it replaces, in the image.
+    pub(crate) fn ranges(&self) -> impl Iterator<Item = (u64, u64)> {
+        let hop = self.hop.as_ref().map(|h| (h.at.0, h.at.0 + NEAR));
+        std::iter::once(self.range()).chain(hop)
+    }
+
+    /// How many instructions it has, up to the call or jump.
+    #[must_use]
+    pub fn steps(&self) -> usize {
+        self.instructions(0).len()
+    }
+
     /// The window's instructions as they are in the image, the call or jump
     /// last (an entry window has none).
     pub(super) fn instructions(&self, bias: u64) -> Vec<Instruction> {
@@ -244,18 +293,16 @@ pub(super) fn of_site(
     };
     let target = target(code, branch, kind, kind_of_window)?;
     let end = branch.next_ip();
-    let window = |start: u64, end: u64| -> Result<Window, NoWindow> {
-        check_range(code, start, end, taken)?;
-        Ok(Window {
-            start: ImageAddress(start),
-            before: code.image.bytes(start, end).unwrap_or_default().to_vec(),
-            kind: kind_of_window,
-            target: target.clone(),
-            branch: (at - start) as u8,
-        })
+    let window = |kind, start: u64, end: u64, hop| Window {
+        start: ImageAddress(start),
+        before: code.image.bytes(start, end).unwrap_or_default().to_vec(),
+        kind,
+        target: target.clone(),
+        branch: (at - start) as u8,
+        hop,
     };
-    let mut info = InstructionInfoFactory::new();
-    let mut backwards = || {
+    let backwards = |kind: WindowKind| -> Result<Window, NoWindow> {
+        let mut info = InstructionInfoFactory::new();
         let mut start = at;
         let mut before = all[..index].iter().rev();
         while end - start < NEAR {
@@ -274,7 +321,7 @@ pub(super) fn of_site(
                     label: ImageAddress(label),
                 });
             }
-            if let Some(obstacle) = obstacle(&mut info, previous, kind_of_window) {
+            if let Some(obstacle) = obstacle(&mut info, previous, kind) {
                 return Err(NoWindow::Displaced {
                     at: ImageAddress(previous.ip()),
                     text: text(previous),
@@ -283,19 +330,36 @@ pub(super) fn of_site(
             }
             start = previous.ip();
         }
-        window(start, end)
+        check_range(code, start, end, taken)?;
+        Ok(window(kind, start, end, None))
     };
-    let first = backwards();
-    if first.is_err() && kind_of_window == WindowKind::Jump {
-        // Nothing runs behind a jump: padding there makes room as well.
-        let end = end + padding(code, end, (at + NEAR).saturating_sub(end));
-        if end - at >= NEAR
-            && let Ok(window) = window(at, end)
-        {
-            return Ok(window);
+    let first = match backwards(kind_of_window) {
+        Ok(window) => return Ok(window),
+        Err(reason) => reason,
+    };
+    let jumped = match kind_of_window {
+        WindowKind::Call => {
+            if let Ok(window) = backwards(WindowKind::JumpedCall) {
+                return Ok(window);
+            }
+            WindowKind::JumpedCall
         }
+        other => {
+            // Nothing runs behind a jump: filler there makes room as well.
+            let end = end + padding(code, end, (at + NEAR).saturating_sub(end));
+            if end - at >= NEAR && check_range(code, at, end, taken).is_ok() {
+                return Ok(window(other, at, end, None));
+            }
+            other
+        }
+    };
+    if check_range(code, at, end, taken).is_ok()
+        && let Some(hop) = filler::hop(code, at, taken)
+    {
+        return Ok(window(jumped, at, end, Some(hop)));
     }
-    first
+    // What keeps the best kind of window away is what can be mended.
+    Err(first)
 }
 
 /// The window at the entry of the exported function `name`.
@@ -376,6 +440,7 @@ fn at_start(code: &Code<'_>, function: u64, all: &[Instruction]) -> Result<Windo
         kind: WindowKind::Entry,
         target: Target::Next,
         branch: branch as u8,
+        hop: None,
     })
 }
 

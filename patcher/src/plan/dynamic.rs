@@ -10,14 +10,16 @@
 //! These windows serve every callee: they are put in place with the first edge
 //! that is fused and go with the last.
 
+use std::collections::BTreeMap;
 use std::mem::offset_of;
 
 use nightgraft_bridge::{abi, names};
 
 use super::build::{Input, Sites, in_order, stores};
 use super::layout::{self, Area};
+use super::led::Led;
 use super::{Access, Mapping, Part, PatchPlan, Store, Unfused, placement};
-use crate::code::{CodeMap, ImageAddress, Tail, Window, WindowKind};
+use crate::code::{CodeMap, ImageAddress, Tail, Window};
 use crate::elf::hex;
 use crate::manifest::{Manifest, Region, WindowRecord};
 use crate::refused::Refused;
@@ -157,7 +159,11 @@ fn routine(input: &Input<'_>, plan: &PatchPlan) -> Result<Island, Refused> {
             bytes: island_len(1),
         }
     })?;
-    island(plan, executable, start, &[window], true).map_err(no_window)
+    let found = Found {
+        window,
+        returns: Vec::new(),
+    };
+    island(plan, executable, start, &[found], true).map_err(no_window)
 }
 
 /// Rewrites the sites that calls were seen to come from, and notes those that
@@ -171,7 +177,7 @@ fn seen(input: &Input<'_>, plan: &mut PatchPlan) {
     };
     let known = |plan: &PatchPlan, to: u64| {
         let mut windows = plan.manifest.windows.iter();
-        windows.any(|w| w.call && w.end() == to)
+        windows.any(|w| w.returns_to(to))
     };
     let calls: Vec<_> = present
         .unresolved(graft)
@@ -198,36 +204,64 @@ fn seen(input: &Input<'_>, plan: &mut PatchPlan) {
         } else {
             continue;
         };
-        let mut windows: Vec<Window> = Vec::new();
+        let mut found: Vec<Found> = Vec::new();
+        let mut windows = BTreeMap::new();
         for call in here {
-            let live = |w: &Window| {
-                let start = w.start.0.wrapping_add(module.bias);
-                (start, start + w.before.len() as u64)
+            let to = call.return_address;
+            let site = match code.seen(call, module.bias, *invoke, input.live) {
+                Ok(site) => site,
+                Err(reason) => {
+                    note(plan, to, &reason.to_string());
+                    continue;
+                }
+            };
+            // Several calls may lead to one jump.
+            if let Some(&index) = windows.get(&site.at) {
+                let other: &mut Found = &mut found[index];
+                other.returns.push(to);
+                continue;
+            }
+            let live = |(start, end): (u64, u64)| {
+                let bias = module.bias;
+                (start.wrapping_add(bias), end.wrapping_add(bias))
             };
             let taken: Vec<(u64, u64)> = plan
                 .manifest
                 .windows
                 .iter()
                 .map(|w| (w.address, w.end()))
-                .chain(windows.iter().map(live))
+                .chain(found.iter().flat_map(|f| f.window.ranges()).map(live))
                 .collect();
-            match code.seen(call, module.bias, *invoke, input.live, &taken) {
-                Ok(window) => windows.push(window),
-                Err(reason) => note(plan, call.return_address, &reason.to_string()),
+            match code.seen_window(site, module.bias, &taken) {
+                Ok(window) => {
+                    windows.insert(site.at, found.len());
+                    found.push(Found {
+                        window,
+                        returns: vec![to],
+                    });
+                }
+                Err(reason) => note(plan, to, &reason.to_string()),
             }
         }
-        if windows.is_empty() {
+        if found.is_empty() {
             continue;
         }
-        let len = island_len(windows.len());
+        let len = island_len(found.len());
         let start = placement::near(&maps(input, plan), (low, high), len);
-        match start.map(|start| island(plan, module, start, &windows, false)) {
+        match start.map(|start| island(plan, module, start, &found, false)) {
             Some(Ok(island)) => add(plan, island),
             // They go on through the routine's entry.
             Some(Err(reason)) => note(plan, low, &reason),
             None => note(plan, low, "there is no room near the library"),
         }
     }
+}
+
+/// Where calls are to be led away from.
+struct Found {
+    window: Window,
+    /// Return addresses of the calls that were seen to lead there, live.
+    returns: Vec<u64>,
 }
 
 fn note(plan: &mut PatchPlan, at: u64, reason: &str) {
@@ -251,18 +285,18 @@ fn island(
     plan: &PatchPlan,
     module: &Module,
     start: u64,
-    windows: &[Window],
+    found: &[Found],
     routine: bool,
 ) -> Result<Island, String> {
     let manifest = &plan.manifest;
     let stubs = Region {
         start,
-        len: stubs_len(windows.len()),
+        len: stubs_len(found.len()),
     };
     let mut area = Area::new(start + stubs.len);
     let mut code: Vec<u8> = Vec::new();
     let mut records = Vec::new();
-    for window in windows {
+    for Found { window, returns } in found {
         code.resize(code.len().next_multiple_of(16), 0xcc);
         let at = start + code.len() as u64;
         let record = if routine {
@@ -306,19 +340,25 @@ fn island(
         } else {
             layout::site(&mut area, record, 0, 0, manifest.worker);
         }
-        records.push(WindowRecord {
-            address: window.start.0.wrapping_add(module.bias),
-            before: window.before.clone(),
-            after: window.after(module.bias, at).map_err(|e| e.to_string())?,
-            entry: false,
-            routine,
-            dynamic: !routine,
-            call: window.kind == WindowKind::Call,
-            site: record,
-            copies,
-            names: Vec::new(),
-            cached: None,
-        });
+        let led = Led {
+            window,
+            bias: module.bias,
+            stub: at,
+        };
+        records.extend(
+            led.records(WindowRecord {
+                routine,
+                dynamic: !routine,
+                site: record,
+                copies,
+                returns: match window.kind.is_call() {
+                    true => Vec::new(),
+                    false => returns.clone(),
+                },
+                ..WindowRecord::default()
+            })
+            .map_err(|e| e.to_string())?,
+        );
         code.extend(stub.bytes);
     }
     let part = |what: &str, region: Region, access, bytes| Part {

@@ -18,9 +18,10 @@ use super::build::{
 };
 use super::images::{self, Records};
 use super::layout::{self, Area, GraftFields, WorkerFields};
-use super::unwind::{self, StubFrame};
+use super::led::Led;
+use super::unwind;
 use super::{Access, Mapping, Part, PatchPlan, Store, modes, placement};
-use crate::code::{Site, Stub, Tail, Window, WindowKind};
+use crate::code::{Site, Tail, Window};
 use crate::load::interpose::{self, module_at};
 use crate::load::{self, Given, GivenTls, Loaded, Meaning, Place, Scope};
 use crate::manifest::{
@@ -300,7 +301,8 @@ impl Draft<'_> {
         let name = self.input.name.rsplit('/').next().unwrap_or_default();
         let name = area.string(name.as_bytes());
         let images = images::write(&mut area, &records, self.scope, loaded);
-        let stub_eh_frame = area.reserve(unwind::size(self.sites.len()), 8);
+        let stub_eh_frame =
+            area.reserve(unwind::size(self.sites.iter().map(|(_, window)| window)), 8);
         let argv = area.strings(&callee.arguments);
         let environ = area.strings(&callee.environment);
         let image = &callee.function().image;
@@ -437,31 +439,27 @@ impl Draft<'_> {
             if stub.bytes.len() as u64 > STUB {
                 return Err(failed(format!("its stub has {} bytes", stub.bytes.len())));
             }
-            records.push(WindowRecord {
-                address: window.start.0.wrapping_add(bias),
-                before: window.before.clone(),
-                after: window.after(bias, at).map_err(|e| failed(e.to_string()))?,
+            let led = Led {
+                window,
+                bias,
+                stub: at,
+            };
+            let copies = stub.boundaries.iter();
+            let record = WindowRecord {
                 entry,
-                routine: false,
-                dynamic: false,
-                call: window.kind == WindowKind::Call,
                 site,
-                copies: stub
-                    .boundaries
-                    .iter()
+                copies: copies
                     .map(|(from, to)| (*from, at + u64::from(*to)))
                     .collect(),
                 names,
                 cached: of
                     .and_then(|site| self.cached(site))
                     .map(|_| self.input.name.to_owned()),
-            });
+                ..WindowRecord::default()
+            };
+            records.extend(led.records(record).map_err(|e| failed(e.to_string()))?);
             if !entry {
-                frames.push(StubFrame {
-                    start: at,
-                    len: stub.bytes.len() as u64,
-                    pushed: pushed(&stub),
-                });
+                frames.extend(unwind::frames(&led, &stub));
             }
             bytes.extend(stub.bytes);
         }
@@ -691,13 +689,6 @@ struct Stubs {
     bytes: Vec<u8>,
     windows: Vec<WindowRecord>,
     eh_frame: Vec<u8>,
-}
-
-/// Offset behind the push of the target, which is the work of the call.
-fn pushed(stub: &Stub) -> u16 {
-    let push = stub.boundaries.last().map_or(0, |(_, offset)| *offset);
-    let line = stub.listing.iter().find(|line| line.offset == push);
-    (push + line.map_or(0, |line| line.bytes.len() as u32)) as u16
 }
 
 /// Functions of the worker's libraries that the bridge calls.

@@ -16,6 +16,7 @@ mod dynamic;
 mod fresh;
 mod images;
 mod layout;
+mod led;
 mod modes;
 mod placement;
 mod render;

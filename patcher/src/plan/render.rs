@@ -104,7 +104,7 @@ impl PatchPlan {
         }
         if self.has_routine() {
             let windows = self.manifest.windows.iter();
-            let sites = windows.filter(|w| !w.routine && w.passed_by(&self.callee));
+            let sites = windows.filter(|w| w.is_site() && w.passed_by(&self.callee));
             writeln!(
                 out,
                 "\n{} sites of {} rewritten in place; calls from elsewhere go through the entry of the worker's own invoke_func ({} known)",
@@ -145,8 +145,12 @@ impl PatchPlan {
             w if w.entry => "entry of faas_func_call",
             w if w.routine => "entry of the worker's own invoke_func, for all names",
             w if w.dynamic => "call seen at run time, for all names",
-            w if w.call => "call",
+            w if w.is_call() => "call",
             _ => "tail jump",
+        };
+        let what = match window.hop_of {
+            0 => what.to_owned(),
+            from => format!("filler on the way from the call at {from:#x}"),
         };
         // The others lie in other files.
         let place = if window.routine || window.dynamic {

@@ -1,64 +1,177 @@
 //! Unwind tables of the stubs, as `__register_frame` takes them.
 //!
 //! A signal may arrive in a stub, and who unwinds from there (a cancelled
-//! thread, a profiler) must find the caller's frame.
+//! thread, a profiler) must find the caller's frame. Where the window was
+//! entered by a call, that is the frame of its return address. Where it was
+//! entered by a jump, nothing of the caller's frame has changed yet, and the
+//! function's own tables know it best: such a stub is a signal frame, whose
+//! "interrupted" address is that of the original instruction.
 
-/// Where the stack pointer is in a stub.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+use super::led::Led;
+use crate::code::{Stub, Window, WindowKind};
+
+/// `DW_CFA_advance_loc2`.
+const ADVANCE: u8 = 0x03;
+/// `DW_CFA_def_cfa_offset`.
+const CFA_OFFSET: u8 = 0x0e;
+/// `DW_CFA_val_expression`: a register has the value of an expression.
+const VALUE: u8 = 0x16;
+/// `DW_OP_addr`.
+const ADDRESS: u8 = 0x03;
+/// The return address's column.
+const RETURN: u8 = 16;
+/// Length of `push [rip+…]`, which pushes a return address.
+const PUSH: u16 = 6;
+/// Length of a jump in filler.
+const HOP: u64 = 5;
+
+/// Code of ours that a frame's owner may be interrupted in.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct StubFrame {
     /// Live address.
-    pub(super) start: u64,
+    start: u64,
     /// Bytes.
-    pub(super) len: u64,
-    /// Offset behind the push of the target: the return address is one word
-    /// further up from there on.
-    pub(super) pushed: u16,
+    len: u64,
+    rows: Rows,
 }
 
-/// `.eh_frame`: one CIE, an FDE each, and the zero that ends it.
-pub(super) fn eh_frame(stubs: &[StubFrame]) -> Vec<u8> {
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Rows {
+    /// The return address lies at the stack pointer, and behind the push of
+    /// the target at this offset one word further up.
+    Called(u16),
+    /// From an offset on: bytes that were pushed, and the original instruction
+    /// that the code stands for.
+    Jumped(Vec<(u16, u8, u64)>),
+}
+
+/// The frames of a stub, and of the filler that leads there.
+pub(super) fn frames(led: &Led<'_>, stub: &Stub) -> Vec<StubFrame> {
+    let original = |offset: u8| {
+        let start = led.bias.wrapping_add(led.window.start.0);
+        start.wrapping_add(offset.into())
+    };
+    let (from, branch) = stub.boundaries.last().copied().unwrap_or_default();
+    let branch = branch as u16;
+    let length = |offset: u16| {
+        let mut lines = stub.listing.iter();
+        lines
+            .find(|line| line.offset == u32::from(offset))
+            .map_or(0, |line| line.bytes.len() as u16)
+    };
+    let rows = match led.window.kind {
+        WindowKind::Call | WindowKind::Entry => Rows::Called(branch + length(branch)),
+        kind => {
+            let copies = stub.boundaries.iter();
+            let mut rows: Vec<(u16, u8, u64)> = copies
+                .map(|(from, to)| (*to as u16, 0, original(*from)))
+                .collect();
+            let mut at = branch;
+            let mut pushed = 0;
+            if kind == WindowKind::JumpedCall {
+                (at, pushed) = (at + PUSH, 8);
+                rows.push((at, pushed, original(from)));
+            }
+            rows.push((at + length(at), pushed + 8, original(from)));
+            Rows::Jumped(rows)
+        }
+    };
+    let hop = led.window.hop.as_ref().map(|hop| StubFrame {
+        start: led.bias.wrapping_add(hop.at.0),
+        len: HOP,
+        rows: Rows::Jumped(vec![(0, 0, original(from))]),
+    });
+    let stub = StubFrame {
+        start: led.stub,
+        len: stub.bytes.len() as u64,
+        rows,
+    };
+    [stub].into_iter().chain(hop).collect()
+}
+
+/// `.eh_frame`: two CIEs, an FDE each, and the zero that ends it.
+pub(super) fn eh_frame(frames: &[StubFrame]) -> Vec<u8> {
     let mut bytes = Vec::new();
-    entry(&mut bytes, |out| {
+    entry(&mut bytes, |out, _| {
         out.extend(0_u32.to_le_bytes()); // a CIE
         out.push(1); // version
         out.extend(b"zR\0");
         out.push(1); // code alignment factor
         out.push(0x78); // data alignment factor: -8
-        out.push(16); // return address
+        out.push(RETURN);
         out.extend([1, 0x00]); // addresses are absolute
         out.extend([0x0c, 7, 8]); // DW_CFA_def_cfa rsp, 8
-        out.extend([0x80 | 16, 1]); // DW_CFA_offset: it lies at cfa - 8
+        out.extend([0x80 | RETURN, 1]); // DW_CFA_offset: it lies at cfa - 8
     });
-    for stub in stubs {
-        let at = bytes.len() as u32;
-        entry(&mut bytes, |out| {
-            out.extend((at + 4).to_le_bytes()); // back to the CIE
-            out.extend(stub.start.to_le_bytes());
-            out.extend(stub.len.to_le_bytes());
+    let jumped = bytes.len() as u32;
+    entry(&mut bytes, |out, _| {
+        out.extend(0_u32.to_le_bytes());
+        out.push(1);
+        out.extend(b"zRS\0"); // S: a signal frame
+        out.push(1);
+        out.push(0x78);
+        out.push(RETURN);
+        out.extend([1, 0x00]);
+        out.extend([0x0c, 7, 0]); // DW_CFA_def_cfa rsp, 0
+    });
+    for frame in frames {
+        let cie = match frame.rows {
+            Rows::Called(_) => 0,
+            Rows::Jumped(_) => jumped,
+        };
+        entry(&mut bytes, |out, at| {
+            out.extend((at + 4 - cie).to_le_bytes()); // back to the CIE
+            out.extend(frame.start.to_le_bytes());
+            out.extend(frame.len.to_le_bytes());
             out.push(0); // no augmentation data
-            out.push(0x03); // DW_CFA_advance_loc2
-            out.extend(stub.pushed.to_le_bytes());
-            out.extend([0x0e, 16]); // DW_CFA_def_cfa_offset
+            match &frame.rows {
+                Rows::Called(pushed) => {
+                    out.push(ADVANCE);
+                    out.extend(pushed.to_le_bytes());
+                    out.extend([CFA_OFFSET, 16]);
+                }
+                Rows::Jumped(rows) => {
+                    let mut last = 0;
+                    for (offset, pushed, original) in rows {
+                        out.push(ADVANCE);
+                        out.extend((offset - last).to_le_bytes());
+                        last = *offset;
+                        out.extend([CFA_OFFSET, *pushed]);
+                        out.extend([VALUE, RETURN, 9, ADDRESS]);
+                        out.extend(original.to_le_bytes());
+                    }
+                }
+            }
         });
     }
     bytes.extend(0_u32.to_le_bytes());
     bytes
 }
 
-/// Bytes of the tables of so many stubs.
-pub(super) fn size(stubs: usize) -> usize {
-    let any = StubFrame {
+/// Bytes of the tables of these windows' stubs.
+pub(super) fn size<'a>(windows: impl Iterator<Item = &'a Window>) -> usize {
+    let frame = |rows| StubFrame {
         start: 0,
         len: 0,
-        pushed: 0,
+        rows,
     };
-    eh_frame(&vec![any; stubs]).len()
+    let frames = windows.flat_map(|window| {
+        let row = (0, 0, 0);
+        let rows = match window.kind {
+            WindowKind::Call | WindowKind::Entry => Rows::Called(0),
+            WindowKind::Jump => Rows::Jumped(vec![row; window.steps() + 1]),
+            WindowKind::JumpedCall => Rows::Jumped(vec![row; window.steps() + 2]),
+        };
+        let hop = window.hop.as_ref().map(|_| Rows::Jumped(vec![row]));
+        [Some(rows), hop].into_iter().flatten().map(frame)
+    });
+    eh_frame(&frames.collect::<Vec<_>>()).len()
 }
 
-fn entry(bytes: &mut Vec<u8>, body: impl FnOnce(&mut Vec<u8>)) {
+fn entry(bytes: &mut Vec<u8>, body: impl FnOnce(&mut Vec<u8>, u32)) {
     let at = bytes.len();
     bytes.extend([0; 4]);
-    body(bytes);
+    body(bytes, at as u32);
     // DW_CFA_nop up to the next entry.
     bytes.resize(bytes.len().next_multiple_of(8) + 4, 0);
     let len = (bytes.len() - at - 4) as u32;
@@ -67,47 +180,124 @@ fn entry(bytes: &mut Vec<u8>, body: impl FnOnce(&mut Vec<u8>)) {
 
 #[cfg(test)]
 mod tests {
-    use gimli::{BaseAddresses, CfaRule, EhFrame, LittleEndian, UnwindContext, UnwindSection};
+    use gimli::{
+        BaseAddresses, CfaRule, EhFrame, LittleEndian, Operation, RegisterRule, UnwindContext,
+        UnwindSection,
+    };
 
     use super::*;
+    use crate::code::{Hop, ImageAddress, Tail, Target};
+
+    const BIAS: u64 = 0x7000_0000_0000;
+    const STUB: u64 = BIAS + 0x10_0000;
+    const TAIL: Tail = Tail::Bridge {
+        site_record: 0x1122_3344_5566,
+        bridge_entry: 0x7000_dead_0000,
+    };
+
+    /// Offset of the CFA from rsp, and the original instruction that a signal
+    /// frame names (`None`: the return address lies below the CFA).
+    fn row(bytes: &[u8], address: u64) -> (i64, Option<u64>) {
+        let section = EhFrame::new(bytes, LittleEndian);
+        let bases = BaseAddresses::default();
+        let fde = section
+            .fde_for_address(&bases, address, EhFrame::cie_from_offset)
+            .unwrap();
+        let mut context = UnwindContext::new();
+        let row = fde
+            .unwind_info_for_address(&section, &bases, &mut context, address)
+            .unwrap();
+        let CfaRule::RegisterAndOffset { register, offset } = row.cfa() else {
+            panic!("{:?}", row.cfa());
+        };
+        assert_eq!(*register, gimli::X86_64::RSP);
+        let original = match row.register(gimli::X86_64::RA) {
+            Some(RegisterRule::Offset(-8)) => None,
+            Some(RegisterRule::ValExpression(expression)) => {
+                let expression = expression.get(&section).unwrap();
+                let mut operations = expression.operations(fde.cie().encoding());
+                let Some(Operation::Address { address }) = operations.next().unwrap() else {
+                    panic!("no address");
+                };
+                assert!(operations.next().unwrap().is_none());
+                Some(address)
+            }
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(fde.cie().is_signal_trampoline(), original.is_some());
+        (*offset, original)
+    }
+
+    fn window(kind: WindowKind, before: &[u8], branch: u8) -> Window {
+        Window {
+            start: ImageAddress(0x1000),
+            before: before.to_vec(),
+            kind,
+            target: Target::Register(0),
+            branch,
+            hop: None,
+        }
+    }
+
+    fn tables(window: &Window) -> (Vec<u8>, Stub) {
+        let led = Led {
+            window,
+            bias: BIAS,
+            stub: STUB,
+        };
+        let stub = window.stub(BIAS, STUB, &TAIL).unwrap();
+        let bytes = eh_frame(&frames(&led, &stub));
+        assert_eq!(bytes.len(), size([window].into_iter()));
+        assert!(bytes.ends_with(&[0; 4]));
+        (bytes, stub)
+    }
 
     #[test]
-    fn an_unwinder_finds_the_frame_before_and_behind_the_push() {
-        let stubs = [
-            StubFrame {
-                start: 0x7000_0000_1000,
-                len: 80,
-                pushed: 12,
-            },
-            StubFrame {
-                start: 0x7000_0000_1050,
-                len: 300,
-                pushed: 270,
-            },
-        ];
-        let bytes = eh_frame(&stubs);
-        let section = EhFrame::new(&bytes, LittleEndian);
-        let bases = BaseAddresses::default();
-        let offset_at = |address| {
-            let mut context = UnwindContext::new();
-            let row = section
-                .unwind_info_for_address(&bases, &mut context, address, EhFrame::cie_from_offset)
-                .unwrap();
-            match row.cfa() {
-                CfaRule::RegisterAndOffset { register, offset } => {
-                    assert_eq!(*register, gimli::X86_64::RSP);
-                    *offset
-                }
-                other => panic!("{other:?}"),
-            }
-        };
-        for stub in stubs {
-            let behind = stub.start + u64::from(stub.pushed);
-            assert_eq!(offset_at(stub.start), 8);
-            assert_eq!(offset_at(behind - 1), 8);
-            assert_eq!(offset_at(behind), 16);
-            assert_eq!(offset_at(stub.start + stub.len - 1), 16);
-        }
-        assert!(bytes.ends_with(&[0; 4]));
+    fn behind_a_call_the_frame_is_that_of_the_return_address() {
+        // mov rdi, rbx; call rax
+        let call = window(WindowKind::Call, &[0x48, 0x89, 0xdf, 0xff, 0xd0], 3);
+        let (bytes, stub) = tables(&call);
+        assert_eq!(row(&bytes, STUB), (8, None));
+        assert_eq!(row(&bytes, STUB + 3), (8, None), "push rax");
+        assert_eq!(row(&bytes, STUB + 4), (16, None));
+        let last = STUB + stub.bytes.len() as u64 - 1;
+        assert_eq!(row(&bytes, last), (16, None));
+    }
+
+    #[test]
+    fn behind_a_jump_the_frame_is_that_of_the_original_instruction() {
+        // push rbx; push r12; call rax
+        let call = window(WindowKind::JumpedCall, &[0x53, 0x41, 0x54, 0xff, 0xd0], 3);
+        let (bytes, stub) = tables(&call);
+        let original = BIAS + 0x1000;
+        assert_eq!(row(&bytes, STUB), (0, Some(original)));
+        assert_eq!(row(&bytes, STUB + 1), (0, Some(original + 1)));
+        assert_eq!(row(&bytes, STUB + 2), (0, Some(original + 1)));
+        assert_eq!(row(&bytes, STUB + 3), (0, Some(original + 3)));
+        // push [rip+...]; push rax
+        assert_eq!(row(&bytes, STUB + 9), (8, Some(original + 3)));
+        assert_eq!(row(&bytes, STUB + 10), (16, Some(original + 3)));
+        let last = STUB + stub.bytes.len() as u64 - 1;
+        assert_eq!(row(&bytes, last), (16, Some(original + 3)));
+
+        // pop rbx; jmp rax; filler
+        let jump = window(WindowKind::Jump, &[0x5b, 0xff, 0xe0, 0x90, 0x90], 1);
+        let (bytes, _) = tables(&jump);
+        assert_eq!(row(&bytes, STUB), (0, Some(original)));
+        assert_eq!(row(&bytes, STUB + 1), (0, Some(original + 1)));
+        assert_eq!(row(&bytes, STUB + 2), (8, Some(original + 1)));
+    }
+
+    #[test]
+    fn filler_belongs_to_the_call_that_jumps_there() {
+        let mut call = window(WindowKind::JumpedCall, &[0xff, 0xd0], 0);
+        call.hop = Some(Hop {
+            at: ImageAddress(0x1060),
+            before: vec![0x90; 5],
+        });
+        let (bytes, _) = tables(&call);
+        assert_eq!(row(&bytes, BIAS + 0x1060), (0, Some(BIAS + 0x1000)));
+        assert_eq!(row(&bytes, BIAS + 0x1064), (0, Some(BIAS + 0x1000)));
+        assert_eq!(row(&bytes, STUB), (0, Some(BIAS + 0x1000)));
     }
 }

@@ -320,13 +320,9 @@ mod tests {
             before: vec![1; 6],
             after: vec![2; 6],
             entry,
-            routine: false,
-            dynamic: false,
             call: !entry,
-            site: 0,
-            copies: Vec::new(),
             names: names.iter().map(|n| (*n).to_owned()).collect(),
-            cached: None,
+            ..WindowRecord::default()
         }
     }
 

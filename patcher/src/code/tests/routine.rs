@@ -60,7 +60,8 @@ fn the_tail_is_for_entries_alone() {
         return_address: TEXT + 9,
         registers: [0; 16],
     };
-    let window = map.seen(&seen, 0, 0x77, &Nothing, &[]).unwrap();
+    let site = map.seen(&seen, 0, 0x77, &Nothing).unwrap();
+    let window = map.seen_window(site, 0, &[]).unwrap();
     assert_eq!(
         window.stub(0, TEXT + 0x1000, &TAIL),
         Err(StubError::Mismatch)
@@ -165,6 +166,12 @@ impl Live for Word {
 
 const INVOKE: u64 = 0x70_0040;
 
+#[derive(Debug)]
+enum No {
+    Site(NotASite),
+    Window(NoWindow),
+}
+
 #[test]
 fn a_call_that_was_seen_is_told_from_one_of_something_else() {
     #[rustfmt::skip]
@@ -191,13 +198,14 @@ fn a_call_that_was_seen_is_told_from_one_of_something_else() {
         }
     };
     let find = |seen: &Seen, live: &dyn Live, taken: &[(u64, u64)]| {
-        map.seen(seen, bias, INVOKE, live, taken)
+        let site = map.seen(seen, bias, INVOKE, live).map_err(No::Site)?;
+        map.seen_window(site, bias, taken).map_err(No::Window)
     };
     let window = find(&seen(9), &Word(0x5008, INVOKE), &[]).unwrap();
     assert_eq!(window.before.last_chunk(), Some(&[0xff, 0x55, 0x08]));
     let elsewhere = find(&seen(9), &Word(0x5008, INVOKE + 8), &[]);
     assert!(
-        matches!(elsewhere, Err(NotASite::OtherTarget { .. })),
+        matches!(elsewhere, Err(No::Site(NotASite::OtherTarget { .. }))),
         "another function is there"
     );
     assert!(
@@ -217,27 +225,70 @@ fn a_call_that_was_seen_is_told_from_one_of_something_else() {
     other.registers[10] = INVOKE + 16;
     assert!(matches!(
         find(&other, &Nothing, &[]),
-        Err(NotASite::OtherTarget { .. })
+        Err(No::Site(NotASite::OtherTarget { .. }))
     ));
     assert!(matches!(
         find(&seen(22), &Nothing, &[]),
-        Err(NotASite::Direct { .. })
+        Err(No::Site(NotASite::Direct { .. }))
     ));
     assert!(matches!(
         find(&seen(25), &Nothing, &[]),
-        Err(NotASite::NoWindow(NoWindow::Displaced { .. }))
+        Err(No::Window(NoWindow::Displaced { .. }))
     ));
     assert!(matches!(
         find(&seen(16), &Nothing, &[]),
-        Err(NotASite::NoCall { .. })
+        Err(No::Site(NotASite::NoCall { .. }))
     ));
     let far = find(&seen(0x9_0000), &Nothing, &[]);
-    assert!(matches!(far, Err(NotASite::NoCall { .. })));
+    assert!(matches!(far, Err(No::Site(NotASite::NoCall { .. }))));
 
     let live = bias + TEXT;
     let taken = find(&seen(9), &Nothing, &[(live + 3, live + 9)]);
     assert!(
-        matches!(taken, Err(NotASite::NoWindow(NoWindow::Overlap { .. }))),
+        matches!(taken, Err(No::Window(NoWindow::Overlap { .. }))),
         "{taken:?}"
     );
+}
+
+#[test]
+fn the_jump_behind_a_direct_call_is_told_by_where_it_went() {
+    #[rustfmt::skip]
+    let code = [
+        0xe8, 0x03, 0x00, 0x00, 0x00, // f: call g
+        0x31, 0xc0,                   // 5: xor eax, eax
+        0xc3,
+        0x4c, 0x8b, 0x5f, 0x08,       // 8, g: mov r11, [rdi+8]
+        0x48, 0x89, 0xc6,             // mov rsi, rax
+        0x74, 0x03,                   // je behind the jump
+        0x41, 0xff, 0xe3,             // 17: jmp r11
+        0x48, 0x89, 0xd8,             // 20: mov rax, rbx
+        0xff, 0xe0,                   // 23: jmp rax
+        0x0f, 0x1f, 0x00,
+    ];
+    let functions = [("f", 0, 8), ("g", 8, 20)];
+    let map = analyse(&library(&code, &functions, &[])).unwrap();
+    let bias = 0x10_0000;
+    let seen = |rax: u64, r11: u64| {
+        let mut registers = [0; 16];
+        (registers[0], registers[11]) = (rax, r11);
+        let seen = Seen {
+            return_address: bias + TEXT + 5,
+            registers,
+        };
+        map.seen(&seen, bias, INVOKE, &Nothing)
+    };
+    let site = seen(1, INVOKE).unwrap();
+    assert_eq!(site.at, ImageAddress(TEXT + 17));
+    let window = map.seen_window(site, bias, &[]).unwrap_err();
+    assert!(matches!(window, NoWindow::Displaced { .. }), "{window:?}");
+    let site = seen(INVOKE, 1).unwrap();
+    assert_eq!(site.at, ImageAddress(TEXT + 23));
+    let window = map.seen_window(site, bias, &[]).unwrap();
+    assert_eq!(window.kind, WindowKind::Jump);
+    for (rax, r11) in [(1, 1), (INVOKE, INVOKE)] {
+        assert!(
+            matches!(seen(rax, r11), Err(NotASite::Direct { .. })),
+            "none or more than one"
+        );
+    }
 }

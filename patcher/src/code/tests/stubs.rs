@@ -1,5 +1,5 @@
 use super::disassemble;
-use crate::code::{ImageAddress, OutOfReach, StubError, Tail, Target, Window, WindowKind};
+use crate::code::{Hop, ImageAddress, OutOfReach, StubError, Tail, Target, Window, WindowKind};
 
 const BIAS: u64 = 0x7f00_0000_0000;
 const STUB: u64 = BIAS - 0x10_0000;
@@ -15,6 +15,7 @@ fn window(kind: WindowKind, before: &[u8], branch: u8, target: Target) -> Window
         kind,
         target,
         branch,
+        hop: None,
     }
 }
 
@@ -146,6 +147,66 @@ fn tail_jumps_push_nothing() {
             "int3"
         ]
     );
+}
+
+#[test]
+fn a_call_that_is_jumped_from_finds_its_return_address_pushed() {
+    // push rbx; push r12; call [rsp+10h]
+    let bytes = [0x53, 0x41, 0x54, 0xff, 0x54, 0x24, 0x10];
+    let w = window(WindowKind::JumpedCall, &bytes, 3, Target::Memory);
+    let stub = w.stub(BIAS, STUB, &BRIDGE).expect("in reach");
+    let (code, back) = stub.bytes.split_at(stub.bytes.len() - 8);
+    let behind = BIAS + 0x11a0 + bytes.len() as u64;
+    assert_eq!(back, behind.to_le_bytes());
+    let lines = disassemble(&code[..code.len() - 8], STUB);
+    assert_eq!(
+        lines[..4],
+        [
+            "push rbx".to_owned(),
+            "push r12".to_owned(),
+            format!("push qword ptr [{:X}h]", STUB + code.len() as u64),
+            "push qword ptr [rsp+18h]".to_owned(),
+        ]
+    );
+    assert_eq!(stub.boundaries, [(0, 0), (1, 1), (3, 3)]);
+    let listed: Vec<u8> = stub.listing.iter().flat_map(|l| l.bytes.clone()).collect();
+    assert_eq!(listed, stub.bytes);
+    let after = w.after(BIAS, STUB).expect("in reach");
+    assert_eq!(
+        disassemble(&after, BIAS + 0x11a0),
+        ["jmp 00007EFFFFF00000h", "int3", "int3"]
+    );
+}
+
+#[test]
+fn a_window_too_short_for_a_jump_hops_through_filler() {
+    // call [rbx+8], and filler before or behind it
+    for at in [0x11a0 - 126, 0x1240_u64] {
+        let mut w = window(
+            WindowKind::JumpedCall,
+            &[0xff, 0x53, 0x08],
+            0,
+            Target::Memory,
+        );
+        w.hop = Some(Hop {
+            at: ImageAddress(at),
+            before: vec![0x90; 5],
+        });
+        let after = w.after(BIAS, STUB);
+        if at == 0x1240 {
+            let error = after.expect_err("too far");
+            assert_eq!((error.to, error.by), (BIAS + at, 30));
+            continue;
+        }
+        assert_eq!(
+            disassemble(&after.expect("in reach"), BIAS + 0x11a0),
+            [format!("jmp short {:016X}h", BIAS + at), "int3".to_owned()]
+        );
+        let hop = w.hop_after(BIAS, STUB).expect("in reach").expect("a hop");
+        assert_eq!(disassemble(&hop, BIAS + at), ["jmp 00007EFFFFF00000h"]);
+        let stub = w.stub(BIAS, STUB, &BRIDGE).expect("in reach");
+        assert_eq!(stub.boundaries, [(0, 0)]);
+    }
 }
 
 #[test]

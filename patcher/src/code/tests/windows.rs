@@ -83,31 +83,6 @@ fn names_match_by_case() {
 
 #[test]
 fn what_can_not_be_displaced_is_named() {
-    // push rax; call rbx
-    assert_eq!(
-        window_of(&[0x50, 0x41, 0xff, 0xd2, 0x58, 0xc3]),
-        Err(displaced(RPC, "push rax", Obstacle::Stack))
-    );
-    // add rsp, 8; call r10
-    assert_eq!(
-        window_of(&[0x48, 0x83, 0xc4, 0x08, 0x41, 0xff, 0xd2, 0xc3]),
-        Err(displaced(RPC, "add rsp,8", Obstacle::Stack))
-    );
-    // mov rax, [rsp-8]; call r10
-    assert_eq!(
-        window_of(&[0x48, 0x8b, 0x44, 0x24, 0xf8, 0x41, 0xff, 0xd2, 0xc3]),
-        Err(displaced(RPC, "mov rax,[rsp-8]", Obstacle::Stack))
-    );
-    // mov [rbx], rsp; call r10
-    assert_eq!(
-        window_of(&[0x48, 0x89, 0x23, 0x41, 0xff, 0xd2, 0xc3]),
-        Err(displaced(RPC, "mov [rbx],rsp", Obstacle::Stack))
-    );
-    // mov eax, esp; call r10: a copy, but not of all of it
-    assert_eq!(
-        window_of(&[0x89, 0xe0, 0x41, 0xff, 0xd2, 0xc3]),
-        Err(displaced(RPC, "mov eax,esp", Obstacle::Stack))
-    );
     // endbr64; call rbx
     assert_eq!(
         window_of(&[0xf3, 0x0f, 0x1e, 0xfa, 0x41, 0xff, 0xd2, 0xc3]),
@@ -128,6 +103,83 @@ fn what_can_not_be_displaced_is_named() {
         window_of(&[0x75, 0x00, 0x41, 0xff, 0xd2, 0xc3]),
         Err(NoWindow::Entered { .. } | NoWindow::Displaced { .. })
     ));
+}
+
+#[test]
+fn what_knows_rsp_is_displaced_by_a_jump() {
+    for (text, rest) in [
+        ("push rax", &[0x50, 0x41, 0xff, 0xd2][..]),
+        ("add rsp, 8", &[0x48, 0x83, 0xc4, 0x08, 0x41, 0xff, 0xd2]),
+        (
+            "mov rax, [rsp-8]",
+            &[0x48, 0x8b, 0x44, 0x24, 0xf8, 0x41, 0xff, 0xd2],
+        ),
+        ("mov [rbx], rsp", &[0x48, 0x89, 0x23, 0x41, 0xff, 0xd2]),
+        ("mov eax, esp", &[0x89, 0xe0, 0x41, 0xff, 0xd2]),
+    ] {
+        let window = window_of(&[rest, &RETURN].concat()).expect(text);
+        assert_eq!(window.kind, WindowKind::JumpedCall, "{text}");
+        assert_eq!(window.hop, None, "{text}");
+        let lines = disassemble(&window.before, window.start.0);
+        assert_eq!(lines[lines.len() - 2..], [text, "call r10"]);
+        assert_eq!(
+            window.before[usize::from(window.branch)..],
+            [0x41, 0xff, 0xd2]
+        );
+    }
+}
+
+/// `code`, and filler up to a function that is aligned.
+fn followed(code: &[u8], filler: &[u8]) -> Result<crate::code::Window, NoWindow> {
+    let mut code = code.to_vec();
+    let size = code.len() as u64;
+    code.extend_from_slice(filler);
+    let other = code.len() as u64;
+    code.push(0xc3);
+    let functions = [("faas_func_call", 0, size), ("other", other, 1)];
+    let map = analyse(&library(&code, &functions, &[])).expect("a well-formed library");
+    window_at(&map, TEXT + RPC)
+}
+
+#[test]
+fn a_call_that_is_a_branch_target_hops_through_filler() {
+    // call [rbx+8]; and a jump to it behind the return
+    let mut code = rpc(&[0xff, 0x53, 0x08]);
+    code.extend_from_slice(&RETURN);
+    let jump = code.len() as u64;
+    code.extend([0xeb, (RPC as i64 - (jump as i64 + 2)) as u8]);
+    let end = code.len() as u64;
+    let room = 16 - end % 8;
+    let nops = vec![0x90; room as usize];
+    let window = followed(&code, &nops).expect("filler in reach");
+    assert_eq!(window.kind, WindowKind::JumpedCall);
+    assert_eq!(window.start, ImageAddress(TEXT + RPC));
+    assert_eq!(window.before, [0xff, 0x53, 0x08]);
+    let hop = window.hop.expect("a hop");
+    assert_eq!(hop.at, ImageAddress(TEXT + end));
+    assert_eq!(hop.before, [0x90; 5]);
+
+    let entered = Err(NoWindow::Entered {
+        start: ImageAddress(TEXT + RPC - 7),
+        label: ImageAddress(TEXT + RPC),
+    });
+    assert_eq!(followed(&code, &[]), entered, "no filler");
+    assert_eq!(followed(&code, &nops[..4]), entered, "too little");
+    let odd = &nops[..nops.len() - 1];
+    assert_eq!(followed(&code, odd), entered, "aligns nothing");
+    // Code that is reached: a return in between that nothing leads over.
+    let mut reached = code.clone();
+    reached[end as usize - 2] = 0x74;
+    assert_eq!(followed(&reached, &nops), entered, "je falls through");
+    // Another branch into the filler.
+    let mut entered_filler = code.clone();
+    let into = [0x74, 0x02 + 2];
+    entered_filler.splice(end as usize - 2..end as usize - 2, into);
+    assert!(followed(&entered_filler, &nops).is_err(), "it is entered");
+    // Out of reach.
+    let mut far = code.clone();
+    far.splice(end as usize..end as usize, [0xc3; 128]);
+    assert_eq!(followed(&far, &nops), entered, "too far");
 }
 
 #[test]
