@@ -586,8 +586,19 @@ fn check(manifest: &Manifest, control: u64, maps: &[Map]) -> Result<(), String> 
     for w in &manifest.windows {
         let len = w.before.len() as u64;
         let roles = [w.entry, w.routine, w.dynamic];
+        // A short jump suffices where filler leads on.
+        let hops = |other: &WindowRecord| other.hop_of == w.address;
+        let least = if manifest.windows.iter().any(hops) {
+            2
+        } else {
+            5
+        };
+        let led = |other: &WindowRecord| {
+            other.address == w.hop_of && other.hop_of == 0 && !other.entry && !other.routine
+        };
         let sane = w.before.len() == w.after.len()
-            && (5..=64).contains(&len)
+            && (least..=64).contains(&len)
+            && (w.hop_of == 0 || manifest.windows.iter().any(led))
             && roles.iter().filter(|is| **is).count() <= 1;
         // A library may have been closed since: then nothing is there, or what
         // was mapped afterwards.
@@ -799,6 +810,46 @@ mod tests {
         let mut newer = memory(&written);
         newer.put(0x10_0008, &9_u32.to_le_bytes());
         assert!(text(find(7, 99, &maps(), &newer)).contains("version 9"));
+    }
+
+    #[test]
+    fn a_short_window_has_filler_that_leads_on() {
+        let mut record = manifest();
+        let window = WindowRecord {
+            before: vec![0xff, 0xd0],
+            after: vec![0xeb, 0x40],
+            call: false,
+            jumped: true,
+            ..record.windows[0].clone()
+        };
+        let hop = WindowRecord {
+            address: window.address + 0x42,
+            before: vec![0x90; 5],
+            after: vec![0xe9, 0, 0, 0, 0],
+            jumped: false,
+            hop_of: window.address,
+            site: 0,
+            copies: Vec::new(),
+            ..window.clone()
+        };
+        let mut no_code = |windows: &[&WindowRecord]| {
+            record.windows = windows.iter().map(|w| (*w).clone()).collect();
+            fits(&record, &maps()).is_err_and(|why| why.contains("no code"))
+        };
+        assert!(!no_code(&[&hop, &window]));
+        assert!(no_code(&[&window]), "it leads nowhere");
+        assert!(no_code(&[&hop]), "nothing leads there");
+        let entry = WindowRecord {
+            entry: true,
+            ..window.clone()
+        };
+        assert!(no_code(&[&hop, &entry]), "entries have five bytes");
+        let two = WindowRecord {
+            before: vec![0x90; 2],
+            after: vec![0xeb; 2],
+            ..hop.clone()
+        };
+        assert!(no_code(&[&two, &window]), "filler has five bytes");
     }
 
     #[test]
