@@ -29,6 +29,8 @@ pub mod driver;
 pub mod error;
 pub mod factory;
 pub mod faults;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod grafter;
 pub mod journal;
 pub mod live;
@@ -42,5 +44,9 @@ pub mod socket;
 pub mod state_dir;
 pub mod watch;
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(
+    fuzzing,
+    allow(dead_code, unused_imports, reason = "fuzzing needs a part of it")
+)]
 mod testing;

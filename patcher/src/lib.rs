@@ -21,6 +21,8 @@ pub mod code;
 pub mod effects;
 pub mod elf;
 pub mod faults;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod held;
 pub mod journal;
 pub mod load;

@@ -146,6 +146,13 @@ fn address_room_of(limits: &str, status: &str) -> AddressRoom {
     }
 }
 
+#[cfg(fuzzing)]
+pub(crate) fn read_text(text: &str) {
+    let nowhere = Path::new("/nowhere");
+    let _ = (room(text, nowhere), frozen(text, nowhere));
+    let _ = address_room_of(text, text);
+}
+
 /// Whether a process is in a control group that is frozen: its threads neither
 /// run nor, with cgroup v1, stop. `false` where that cannot be read.
 #[must_use]

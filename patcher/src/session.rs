@@ -106,7 +106,7 @@ impl Function<'_> {
     }
 }
 
-fn bridge() -> Result<Arc<Image>, Failure> {
+pub(crate) fn bridge() -> Result<Arc<Image>, Failure> {
     static PARSED: OnceLock<Result<Arc<Image>, String>> = OnceLock::new();
     PARSED
         .get_or_init(|| {

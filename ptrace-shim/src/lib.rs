@@ -41,6 +41,8 @@ mod borrowable;
 mod error;
 pub mod faults;
 mod frame;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod gadgets;
 mod ids;
 mod maps;

@@ -68,9 +68,10 @@ fn parse_line(line: &str) -> Option<Mapping> {
     let &[read, write, execute, share, ..] = permissions else {
         return None;
     };
-    Some(Mapping {
-        start: Address(hex(start)?),
-        end: Address(hex(end)?),
+    let (start, end) = (hex(start)?, hex(end)?);
+    (start <= end).then_some(Mapping {
+        start: Address(start),
+        end: Address(end),
         readable: read == b'r',
         writable: write == b'w',
         executable: execute == b'x',
@@ -106,5 +107,6 @@ mod tests {
         assert_eq!(maps[1].path, "[stack]");
         assert!(maps[2].shared && maps[2].path.is_empty());
         assert_eq!(parse("nonsense"), Err(()));
+        assert_eq!(parse("2000-1000 r-xp 00000000 00:00 0"), Err(()));
     }
 }

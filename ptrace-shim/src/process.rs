@@ -313,7 +313,7 @@ impl Tasks {
 }
 
 /// Parses a `stat` file; the name in it may hold spaces and parentheses.
-fn parse_stat(text: &str) -> Option<Stat> {
+pub(crate) fn parse_stat(text: &str) -> Option<Stat> {
     let (_, rest) = text.rsplit_once(')')?;
     let mut fields = rest.split_ascii_whitespace();
     // Numbered as in proc(5), where 3 is the state.

@@ -115,7 +115,7 @@ pub(crate) struct Instruction {
 /// The filters of one thread.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SeccompFilters {
-    programs: Vec<Vec<Instruction>>,
+    pub(crate) programs: Vec<Vec<Instruction>>,
 }
 
 /// What filters answer to a call.

@@ -80,7 +80,7 @@ fn file_may_see(process: &Process, fd: u64) -> bool {
 }
 
 /// `running`, or `NR ARG0 ... ARG5 SP PC` with NR decimal, or `-1 SP PC`.
-fn parse(text: &str) -> Place {
+pub(crate) fn parse(text: &str) -> Place {
     let mut fields = text.split_ascii_whitespace();
     let Some(Ok(nr)) = fields.next().map(str::parse::<i64>) else {
         return Place::Running;

@@ -1,5 +1,6 @@
 //! Everything that is done with this workspace, in one place: `cargo xtask`.
 
+mod fuzz;
 mod run;
 mod setup;
 
@@ -32,8 +33,8 @@ enum Task {
     /// (`cargo xtask demo --help` lists its options).
     #[command(disable_help_flag = true)]
     Demo(PassedOn),
-    /// Run all tests; without arguments for `cargo test`, those on other
-    /// kernels as well (`vm-test --quick`).
+    /// Run all tests; without arguments for `cargo test`, a short time of
+    /// `fuzz` and those on other kernels (`vm-test --quick`) as well.
     Test(PassedOn),
     /// Boot Debian's kernels in QEMU and patch under load in them, under many
     /// conditions (`cargo xtask vm-test --help`).
@@ -50,6 +51,9 @@ enum Task {
     /// check that nothing is lost (`cargo xtask chaos --help`).
     #[command(disable_help_flag = true)]
     Chaos(PassedOn),
+    /// Give everything that reads files, workers, disks or requests what a
+    /// fuzzer makes up, and check that it ends without harm.
+    Fuzz(fuzz::Options),
     /// Check formatting and lints, as CI does before the tests.
     Lint,
 }
@@ -106,6 +110,7 @@ fn main() -> Result<()> {
             )?;
             // Last, and alone: emulated processors are slow enough.
             if passed.arguments.is_empty() {
+                fuzz::fuzz(&fuzz::Options::brief())?;
                 vm_test(&["--quick".into()])?;
             }
             Ok(())
@@ -129,6 +134,10 @@ fn main() -> Result<()> {
             }
             run::faulty()?;
             debug("chaos", &passed.arguments)
+        }
+        Task::Fuzz(options) => {
+            setup::install(setup::Extent::Functions)?;
+            fuzz::fuzz(&options)
         }
         Task::Lint => {
             cargo(["fmt", "--all", "--check"], [])?;

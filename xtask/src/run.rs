@@ -93,16 +93,19 @@ pub(crate) fn faulty() -> Result<()> {
     )
 }
 
+/// Where cargo builds.
+pub(crate) fn target_folder() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
+}
+
 fn built(profile: &str, program: &str, arguments: &[OsString]) -> Result<()> {
-    let target =
-        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    let mut command = Command::new(target.join(profile).join(program));
+    let mut command = Command::new(target_folder().join(profile).join(program));
     command.current_dir(root()).args(arguments);
     finish(command)
 }
 
 /// Runs it. What went wrong it says itself: its exit code is ours.
-fn finish(mut command: Command) -> Result<()> {
+pub(crate) fn finish(mut command: Command) -> Result<()> {
     let name = command.get_program().to_string_lossy().into_owned();
     let status = command
         .status()

@@ -171,6 +171,22 @@ fn entry(item: &Value) -> Result<FuncEntry, String> {
     })
 }
 
+#[cfg(fuzzing)]
+pub(crate) fn read_bytes(bytes: &[u8]) {
+    use std::os::unix::ffi::OsStringExt;
+
+    let _ = parse(bytes);
+    let argv: Vec<OsString> = bytes
+        .split(|b| *b == 0)
+        .map(|part| OsString::from_vec(part.to_vec()))
+        .collect();
+    let _ = (role(&argv), library(&argv));
+    let _ = (
+        flag(&argv, "func_config_file"),
+        number_flag(&argv, "http_port"),
+    );
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

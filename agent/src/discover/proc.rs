@@ -326,6 +326,12 @@ fn parse_status(text: &str) -> ProcStatus {
     status
 }
 
+#[cfg(fuzzing)]
+pub(crate) fn read_bytes(bytes: &[u8]) {
+    let _ = (parse_stat(bytes), split_nul(bytes));
+    let _ = parse_status(&String::from_utf8_lossy(bytes));
+}
+
 /// The last component of a program's name.
 #[must_use]
 pub fn basename(arg: &OsStr) -> &OsStr {

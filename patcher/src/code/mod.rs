@@ -21,6 +21,8 @@
 
 mod extents;
 mod flow;
+#[cfg(fuzzing)]
+mod fuzzing;
 mod image;
 mod labels;
 mod lsda;

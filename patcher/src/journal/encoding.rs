@@ -79,6 +79,14 @@ impl Entry {
     }
 }
 
+#[cfg(fuzzing)]
+impl Entry {
+    /// The entry whose text this is, if it is one's.
+    pub(crate) fn of_text(text: &[u8]) -> Option<Entry> {
+        serde_json::from_slice(text).ok()
+    }
+}
+
 fn checksum(head: &[u8], text: &[u8]) -> u32 {
     let mut hasher = crc32fast::Hasher::new();
     hasher.update(head);

@@ -178,6 +178,11 @@ fn no_reserve(smaps: &str) -> Vec<(u64, u64, bool)> {
     all
 }
 
+#[cfg(fuzzing)]
+pub(crate) fn read_smaps(text: &str) {
+    let _ = no_reserve(text);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

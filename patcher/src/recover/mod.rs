@@ -30,6 +30,8 @@ use serde::{Deserialize, Serialize};
 
 pub use decide::decide;
 pub use held::Held;
+#[cfg(fuzzing)]
+pub(crate) use look::read_smaps;
 
 use crate::apply::{self, Limits};
 use crate::faults::{self, hit};

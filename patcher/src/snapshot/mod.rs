@@ -481,6 +481,12 @@ fn split(bytes: &[u8]) -> Vec<Vec<u8>> {
 /// argument types.
 pub const INVOKE_PREFIX: &str = "_ZN4faas9worker_v110FuncWorker17InvokeFuncWrapperE";
 
+#[cfg(fuzzing)]
+pub(crate) fn link_map_names(memory: &dyn Memory, slot: u64) -> Result<usize, SnapshotError> {
+    let chain = linkmap::read(memory, slot)?;
+    Ok(chain.iter().map(|loaded| loaded.name.len()).sum())
+}
+
 #[cfg(test)]
 pub(crate) mod testing {
     use super::*;
