@@ -1,7 +1,7 @@
 //! What comes from files, workers and disks, read: entry points for fuzzing
 //! alone. Each of them may refuse whatever it likes, and must end.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use nightgraft_bridge::abi::{BRIDGE_VERSION, Control, MAGIC};
 
@@ -72,9 +72,10 @@ impl Live for Silent {
 /// Plans a patch of a worker that calls `Bar`, which is in `file`; by another
 /// worker of the same libraries. Writes the plan out where there is one.
 pub fn plan(caller: &Worker, file: &[u8]) -> Result<(), Refused> {
-    let analyses = Analyses::default();
+    // The caller's is always the same.
+    static ANALYSES: LazyLock<Analyses> = LazyLock::new(Analyses::default);
     let library = &caller.function().image.bytes;
-    let code = analyses.library(library).expect("a caller of our own");
+    let code = ANALYSES.library(library).expect("a caller of our own");
     let image = Image::parse(file.into()).map_err(|e| Refused::BrokenImage {
         library: "libbar.so".into(),
         reason: e.to_string(),
@@ -97,7 +98,7 @@ pub fn plan(caller: &Worker, file: &[u8]) -> Result<(), Refused> {
         invoke: &invoke,
         live: &Silent,
         allowed: Allowance::all(),
-        analyses: &analyses,
+        analyses: &ANALYSES,
     };
     let plan = plan::plan(&input)?;
     for mapping in plan.mappings() {
