@@ -44,9 +44,8 @@ pub mod socket;
 pub mod state_dir;
 pub mod watch;
 
-#[cfg(any(test, fuzzing))]
-#[cfg_attr(
-    fuzzing,
-    allow(dead_code, unused_imports, reason = "fuzzing needs a part of it")
-)]
+#[cfg(all(fuzzing, not(test)))]
+#[allow(dead_code, unused_imports, reason = "fuzzing needs a part of it")]
+mod testing;
+#[cfg(test)]
 mod testing;

@@ -21,7 +21,7 @@ fn nothing_is_lost_wherever_the_agent_dies() -> Result<()> {
     );
     let last = stdout.lines().last().context("it printed nothing")?;
     let line: Value = serde_json::from_str(last).with_context(|| last.to_owned())?;
-    for none in ["failed", "wrong", "leaked", "unrecovered"] {
+    for none in ["failed", "wrong", "leaked", "unrecovered", "unexpected"] {
         assert_eq!(line[none], 0, "{line}");
     }
     assert_eq!(line["cycles"], 500, "{line}");

@@ -9,7 +9,7 @@ use std::ffi::OsString;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use run::{cargo, debug, debug_with_tests, released};
+use run::{cargo, debug, debug_with_all_tests, debug_with_tests, released};
 
 /// Everything that is done with this workspace.
 #[derive(Parser)]
@@ -57,6 +57,15 @@ enum Task {
     /// Check formatting and lints, as CI does before the tests.
     Lint,
 }
+
+/// The tests with hostile workers.
+const HOSTILE: [&str; 5] = [
+    "hostile_callee",
+    "hostile_code",
+    "hostile_moments",
+    "hostile_process",
+    "hostile_threads",
+];
 
 /// Arguments that go on to the program behind the task.
 #[derive(clap::Args)]
@@ -129,11 +138,12 @@ fn main() -> Result<()> {
             debug("coverage", &passed.arguments)
         }
         Task::Chaos(passed) => {
-            if !passed.asks_for_help() {
-                setup::install(setup::Extent::Functions)?;
+            if passed.asks_for_help() {
+                return debug("chaos", &passed.arguments);
             }
+            setup::install(setup::Extent::Functions)?;
             run::faulty()?;
-            debug("chaos", &passed.arguments)
+            debug_with_all_tests("chaos", &passed.arguments, "--hostile", &HOSTILE)
         }
         Task::Fuzz(options) => {
             setup::install(setup::Extent::Functions)?;

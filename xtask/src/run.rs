@@ -49,10 +49,22 @@ pub(crate) fn debug_with_tests(
     option: &str,
     name: &str,
 ) -> Result<()> {
+    debug_with_all_tests(program, arguments, option, &[name])
+}
+
+/// The same with the tests of several names.
+pub(crate) fn debug_with_all_tests(
+    program: &str,
+    arguments: &[OsString],
+    option: &str,
+    names: &[&str],
+) -> Result<()> {
     cargo(["build", "--workspace", "--bins", "--quiet"], [])?;
-    let tests = tests(name)?;
-    let with = [OsString::from(option), tests.into_os_string()];
-    built("debug", program, &[arguments, &with].concat())
+    let mut all = arguments.to_vec();
+    for name in names {
+        all.extend([OsString::from(option), tests(name)?.into_os_string()]);
+    }
+    built("debug", program, &all)
 }
 
 /// The program of the tests called `name`, built.

@@ -1,6 +1,7 @@
 //! Ends agents, workers and containers at every point, and looks what is lost.
 
 use std::io::Write as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -24,6 +25,10 @@ struct Arguments {
     /// Patch/revert cycles.
     #[arg(long, value_name = "N")]
     cycles: Option<u64>,
+    /// Program of tests with hostile workers, run as well; repeated. `cargo
+    /// xtask chaos` gives all of them.
+    #[arg(long, value_name = "PATH")]
+    hostile: Vec<PathBuf>,
     /// Seed of the random choices.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -39,6 +44,7 @@ fn main() -> Result<ExitCode> {
             500
         }),
         seed: arguments.seed,
+        hostile: arguments.hostile,
     };
     let report = chaos::run(&options, &|text| {
         // Progress goes to stderr: stdout is the result.
@@ -51,7 +57,7 @@ fn main() -> Result<ExitCode> {
         println!("- {complaint}");
     }
     println!(
-        "{} points, {} kills, {} cycles, {} requests: {} failed, {} wrong; {} leaks, {} unrecovered",
+        "{} points, {} kills, {} cycles, {} requests: {} failed, {} wrong; {} leaks, {} unrecovered; {} hostile cases, {} unexpected",
         report.fault_points,
         report.kills,
         report.cycles,
@@ -59,7 +65,9 @@ fn main() -> Result<ExitCode> {
         report.failed,
         report.wrong,
         report.leaked,
-        report.unrecovered
+        report.unrecovered,
+        report.hostile_cases,
+        report.unexpected
     );
     if arguments.json {
         println!("{}", report.json());

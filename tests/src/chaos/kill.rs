@@ -97,9 +97,8 @@ impl Chaos<'_> {
         );
     }
 
-    /// Ends a container at a point of a first patch.
-    pub(super) fn kill_container(&mut self, point: &str) {
-        let scenario = &Scenario::all()[0];
+    /// Ends the container at a point.
+    pub(super) fn kill_container(&mut self, scenario: &Scenario, point: &str) {
         let result = self.try_kill_process(scenario, point, 1, true);
         self.conclude(result, &format!("container ended at {point}"));
     }

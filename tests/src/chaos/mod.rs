@@ -9,6 +9,7 @@
 //!  the same with the worker, and with its container, ended at the point
 //!  the journal's disk full, read-only
 //!  patch and revert, over and over
+//!  tests with hostile workers, where their programs are given
 //! ```
 //!
 //! A load is on the function in question all the while, and every answer is
@@ -18,10 +19,12 @@
 mod check;
 pub mod disk;
 mod farm;
+mod hostile;
 mod kill;
 mod scenario;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -41,6 +44,8 @@ pub struct Options {
     pub cycles: u64,
     /// Of the random choices.
     pub seed: u64,
+    /// Programs of tests with hostile workers.
+    pub hostile: Vec<PathBuf>,
 }
 
 /// What came of it.
@@ -60,6 +65,10 @@ pub struct Report {
     pub leaked: u64,
     /// Times that the state was not as asked for, or the agent not as it must.
     pub unrecovered: u64,
+    /// Cases of hostile workers.
+    pub hostile_cases: u64,
+    /// Those that did not come to what is expected of them.
+    pub unexpected: u64,
     /// Patch/revert cycles.
     pub cycles: u64,
     /// Points that no scenario passes.
@@ -73,7 +82,7 @@ impl Report {
     #[must_use]
     pub fn is_good(&self) -> bool {
         self.complaints.is_empty()
-            && self.failed + self.wrong + self.leaked + self.unrecovered == 0
+            && self.failed + self.wrong + self.leaked + self.unrecovered + self.unexpected == 0
             && self.kills > 0
     }
 
@@ -87,6 +96,8 @@ impl Report {
             "wrong": self.wrong,
             "leaked": self.leaked,
             "unrecovered": self.unrecovered,
+            "hostile_cases": self.hostile_cases,
+            "unexpected": self.unexpected,
             "cycles": self.cycles,
         })
     }
@@ -194,8 +205,10 @@ pub fn run(options: &Options, say: &dyn Fn(&str)) -> Result<Report> {
         }
     }
     say(&format!("with workers ended: {:.0?}", begun.elapsed()));
-    for point in scenario::PHASES {
-        chaos.kill_container(point);
+    for (index, point) in &todo {
+        if scenarios[*index].is_plain() && scenario::concerns_a_worker(point) {
+            chaos.kill_container(&scenarios[*index], point);
+        }
     }
     disk::cases(&mut chaos);
     say(&format!(
@@ -218,6 +231,9 @@ pub fn run(options: &Options, say: &dyn Fn(&str)) -> Result<Report> {
         }
     }
     chaos.cycles(options.cycles);
+    for tests in &options.hostile {
+        hostile::run(tests, &mut chaos.report, say)?;
+    }
     chaos.report.fault_points = chaos.points.len();
     say(&format!(
         "{} requests; in all {:.0?}",

@@ -163,13 +163,3 @@ pub(super) fn concerns_a_worker(point: &str) -> bool {
         .iter()
         .any(|prefix| point.starts_with(prefix))
 }
-
-/// Points of a patch, one in each phase.
-pub(super) const PHASES: [&str; 6] = [
-    "patch::intent",
-    "prepare::call#after",
-    "prepare::filled",
-    "record::slot",
-    "commit::gate",
-    "commit::resumed",
-];
