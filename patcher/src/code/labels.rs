@@ -10,7 +10,7 @@
 //! - code addresses that are taken, by `lea` or by a relocation;
 //! - symbols, and starts of functions.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
@@ -89,9 +89,12 @@ pub(super) fn collect(
         }
     }
     labels.settle(image);
+    let swept: HashSet<(u64, u64)> = extents.iter().map(|e| (e.start, e.end)).collect();
     let extents = split_gaps(extents, &labels.functions);
-    // The split may have moved the decoder's feet: sweep those parts again.
-    for extent in extents.iter().filter(|e| e.guessed) {
+    // A part's first instruction may be another one now, and what is cut off at
+    // its end reads differently: sweep them again.
+    let parts = extents.iter().filter(|e| !swept.contains(&(e.start, e.end)));
+    for extent in parts {
         labels.sweep(image, extent);
     }
     labels.read_tables(image)?;

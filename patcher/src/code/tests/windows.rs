@@ -236,6 +236,27 @@ fn window_at(map: &CodeMap, at: u64) -> Result<crate::code::Window, NoWindow> {
 }
 
 #[test]
+fn what_a_cut_instruction_reads_as_leads_into_windows() {
+    #[rustfmt::skip]
+    let code = [
+        0xe8, 0x04, 0x00, 0x00, 0x00, // a call of what lies behind the next bytes
+        0x48, 0xb8, 0xeb, 0x05,       // mov rax, ...: cut short, a jump to 14
+        0x48, 0x89, 0xf8,             // 9: mov rax, rdi
+        0x48, 0x89, 0xfe,             // 12: mov rsi, rdi
+        0xc3, 0x90, 0x90, 0x90,
+    ];
+    let map = analyse(&library(&code, &[("faas_func_call", 0, 5)], &[])).expect("well-formed");
+    let parts = crate::code::flow::Code::new(&map.image, &map.extents, &map.labels);
+    assert_eq!(
+        crate::code::window::of_routine(&parts, TEXT + 9),
+        Err(NoWindow::Entered {
+            start: ImageAddress(TEXT + 9),
+            label: ImageAddress(TEXT + 14),
+        })
+    );
+}
+
+#[test]
 fn jump_tables_lead_into_windows() {
     let mut code = rpc(&[0xff, 0x53, 0x08]);
     code.extend_from_slice(&RETURN);
