@@ -37,10 +37,11 @@ pub struct Frame {
     pub rax: u64,
     /// `r10`, kept for the RPC's sake.
     pub r10: u64,
-    /// The caller's frame pointer.
-    pub rbp: u64,
     /// The call's original target; where the RPC goes.
     pub target: Cell<u64>,
+    /// The caller's frame pointer, where who walks along them looks for it:
+    /// right below the return address.
+    pub rbp: u64,
     /// The address that the call returns to.
     pub return_address: u64,
 }
@@ -57,8 +58,15 @@ macro_rules! entry {
             "push rbp", // rsp = 8 (mod 16): the return address, the target, rbp
             ".cfi_adjust_cfa_offset 8",
             ".cfi_rel_offset rbp, 0",
-            "mov rbp, rsp",
-            ".cfi_def_cfa_register rbp",
+            // The target and rbp change places.
+            "mov rbp, [rsp + 8]",
+            "pop qword ptr [rsp]",
+            ".cfi_adjust_cfa_offset -8",
+            ".cfi_rel_offset rbp, 0",
+            "push rbp",
+            ".cfi_adjust_cfa_offset 8",
+            "lea rbp, [rsp + 8]",
+            ".cfi_def_cfa rbp, 16",
             "push r10",
             "push rax",
             "push r9",
@@ -82,10 +90,8 @@ macro_rules! entry {
             "mov rsp, rbp",
             "pop rbp",
             ".cfi_remember_state",
-            ".cfi_def_cfa rsp, 16",
+            ".cfi_def_cfa rsp, 8",
             ".cfi_restore rbp",
-            "lea rsp, [rsp + 8]",
-            ".cfi_adjust_cfa_offset -8",
             "ret",
             "2:",
             ".cfi_restore_state",
@@ -98,11 +104,10 @@ macro_rules! entry {
             "pop r9",
             "pop rax",
             "pop r10",
-            "pop rbp",
-            ".cfi_def_cfa rsp, 16",
-            ".cfi_restore rbp",
             "pop r11",
-            ".cfi_adjust_cfa_offset -8",
+            "pop rbp",
+            ".cfi_def_cfa rsp, 8",
+            ".cfi_restore rbp",
             "jmp r11",
             ".cfi_endproc",
             personality = sym crate::unwind::enter_personality,
@@ -144,18 +149,16 @@ pub(crate) unsafe extern "C" fn ng_nested() {
 pub(crate) unsafe extern "C" fn landing_caught() {
     naked_asm!(
         ".cfi_startproc",
-        ".cfi_def_cfa rbp, 24",
-        ".cfi_offset rbp, -24",
+        ".cfi_def_cfa rbp, 16",
+        ".cfi_offset rbp, -16",
         "endbr64",
         "mov rdi, rsp",
         "mov rsi, rax",
         "call {caught}",
         "mov rsp, rbp",
         "pop rbp",
-        ".cfi_def_cfa rsp, 16",
+        ".cfi_def_cfa rsp, 8",
         ".cfi_restore rbp",
-        "lea rsp, [rsp + 8]",
-        ".cfi_adjust_cfa_offset -8",
         "ret",
         ".cfi_endproc",
         caught = sym crate::call::caught,
@@ -170,8 +173,8 @@ pub(crate) unsafe extern "C" fn landing_caught() {
 pub(crate) unsafe extern "C" fn landing_forced() {
     naked_asm!(
         ".cfi_startproc",
-        ".cfi_def_cfa rbp, 24",
-        ".cfi_offset rbp, -24",
+        ".cfi_def_cfa rbp, 16",
+        ".cfi_offset rbp, -16",
         "endbr64",
         "mov rdi, rsp",
         "push rax",

@@ -93,7 +93,9 @@ pub(super) fn collect(
     let extents = split_gaps(extents, &labels.functions);
     // A part's first instruction may be another one now, and what is cut off at
     // its end reads differently: sweep them again.
-    let parts = extents.iter().filter(|e| !swept.contains(&(e.start, e.end)));
+    let parts = extents
+        .iter()
+        .filter(|e| !swept.contains(&(e.start, e.end)));
     for extent in parts {
         labels.sweep(image, extent);
     }
