@@ -95,6 +95,7 @@ pub fn plan(caller: &Worker, file: &[u8]) -> Result<(), Refused> {
         bridge,
         memory_room: None,
         address_room: AddressRoom::default(),
+        longest_window: 4096,
         invoke: &invoke,
         live: &Silent,
         allowed: Allowance::all(),

@@ -170,6 +170,7 @@ fn planned(
         bridge: &bridge,
         memory_room: memory_room(caller.pid),
         address_room: room::address_room(caller.pid),
+        longest_window: ptrace_shim::WriteMethod::of_this_kernel().most_in_one_go(),
         invoke: &invoke,
         live: &live,
         allowed,

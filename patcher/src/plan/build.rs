@@ -39,6 +39,8 @@ pub struct Input<'a> {
     pub memory_room: Option<u64>,
     /// What the caller's limits of address space leave.
     pub address_room: AddressRoom,
+    /// Most bytes of a window: what the kernel lets be written in one go.
+    pub longest_window: usize,
     /// The caller's worker's own `invoke_func`, live, or why it is not known.
     pub invoke: &'a Result<u64, Refused>,
     /// The caller's worker, as it is now.
@@ -64,13 +66,13 @@ pub fn plan(input: &Input<'_>) -> Result<PatchPlan, Refused> {
         0 => usable_sites(input)?,
         _ => Sites::default(),
     };
-    let entry = input
-        .code
-        .entry_window("faas_func_call")
-        .map_err(|reason| Refused::NoEntryWindow {
-            library: input.caller.function().path.clone(),
-            reason: reason.to_string(),
-        })?;
+    let no_entry = |reason: String| Refused::NoEntryWindow {
+        library: input.caller.function().path.clone(),
+        reason,
+    };
+    let entry = input.code.entry_window("faas_func_call");
+    let entry = entry.map_err(|reason| no_entry(reason.to_string()))?;
+    in_one_go(input.longest_window, &entry).map_err(no_entry)?;
     refuse_reentry(input.caller.function())?;
     let build_id = identity(&callee.image);
     let dependencies = dependencies(input.callee)?;
@@ -139,6 +141,17 @@ fn refuse_reentry(library: &Module) -> Result<(), Refused> {
     Ok(())
 }
 
+/// Whether this kernel lets the window be written in one go; why not.
+pub(super) fn in_one_go(most: usize, window: &Window) -> Result<(), String> {
+    if window.before.len() > most {
+        return Err(format!(
+            "the kernel forbids forced writes to /proc/PID/mem, and the window of {} bytes is longer than the {most} that ptrace writes in one go",
+            window.before.len()
+        ));
+    }
+    Ok(())
+}
+
 #[derive(Default)]
 pub(super) struct Sites {
     pub(super) usable: Vec<(Site, Window)>,
@@ -152,12 +165,13 @@ fn usable_sites(input: &Input<'_>) -> Result<Sites, Refused> {
         unfused: Vec::new(),
     };
     for site in input.code.sites(input.name) {
-        match &site.window {
+        let window = site.window.as_ref().map_err(ToString::to_string);
+        match window.and_then(|window| in_one_go(input.longest_window, window).map(|()| window)) {
             Ok(window) => sites.usable.push((site.clone(), window.clone())),
             Err(reason) => {
                 sites.unfused.push(Unfused {
                     at: site.at.0.wrapping_add(library.bias),
-                    reason: reason.to_string(),
+                    reason,
                 });
             }
         }
@@ -339,4 +353,29 @@ pub fn analyse(library: &Module, analyses: &Analyses) -> Result<Arc<CodeMap>, Re
         library: library.path.clone(),
         reason: e.to_string(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::code::{ImageAddress, Target, WindowKind};
+
+    #[test]
+    fn a_window_is_none_where_it_cannot_be_written_in_one_go() {
+        let of = |length| Window {
+            start: ImageAddress(0x1000),
+            before: vec![0x90; length],
+            kind: WindowKind::Call,
+            target: Target::Memory,
+            branch: 0,
+            hop: None,
+        };
+        assert_eq!(in_one_go(8, &of(8)), Ok(()));
+        let why = in_one_go(8, &of(9)).unwrap_err();
+        assert!(
+            why.contains("9 bytes") && why.contains("the 8 that"),
+            "{why}"
+        );
+        assert_eq!(in_one_go(4096, &of(9)), Ok(()));
+    }
 }

@@ -15,7 +15,7 @@ use std::mem::offset_of;
 
 use nightgraft_bridge::{abi, names};
 
-use super::build::{Input, Sites, in_order, stores};
+use super::build::{Input, Sites, in_one_go, in_order, stores};
 use super::layout::{self, Area};
 use super::led::Led;
 use super::{Access, Mapping, Part, PatchPlan, Store, Unfused, placement};
@@ -152,6 +152,7 @@ fn routine(input: &Input<'_>, plan: &PatchPlan) -> Result<Island, Refused> {
     let window = code
         .window(ImageAddress(invoke.wrapping_sub(executable.bias)))
         .map_err(|e| no_window(e.to_string()))?;
+    in_one_go(input.longest_window, &window).map_err(no_window)?;
     let span = range(executable);
     let start = placement::below(&maps(input, plan), span, island_len(1)).ok_or_else(|| {
         Refused::NoRoomNear {
@@ -232,7 +233,9 @@ fn seen(input: &Input<'_>, plan: &mut PatchPlan) {
                 .map(|w| (w.address, w.end()))
                 .chain(found.iter().flat_map(|f| f.window.ranges()).map(live))
                 .collect();
-            match code.seen_window(site, module.bias, &taken) {
+            let window = code.seen_window(site, module.bias, &taken);
+            let window = window.map_err(|e| e.to_string());
+            match window.and_then(|w| in_one_go(input.longest_window, &w).map(|()| w)) {
                 Ok(window) => {
                     windows.insert(site.at, found.len());
                     found.push(Found {
@@ -240,7 +243,7 @@ fn seen(input: &Input<'_>, plan: &mut PatchPlan) {
                         returns: vec![to],
                     });
                 }
-                Err(reason) => note(plan, to, &reason.to_string()),
+                Err(reason) => note(plan, to, &reason),
             }
         }
         if found.is_empty() {
