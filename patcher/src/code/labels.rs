@@ -298,6 +298,12 @@ impl Labels {
         self.functions.binary_search(&at).is_ok()
     }
 
+    /// Whether anything in `start..end` is entered as a function.
+    pub(super) fn has_function(&self, start: u64, end: u64) -> bool {
+        let next = self.functions.partition_point(|&at| at < start);
+        self.functions.get(next).is_some_and(|&at| at < end)
+    }
+
     /// Where the relative jump table at `base` leads.
     pub(super) fn table(&self, base: u64) -> Option<&[u64]> {
         self.tables.get(&base).map(Vec::as_slice)
