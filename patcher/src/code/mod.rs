@@ -42,6 +42,7 @@ use serde::{Deserialize, Serialize};
 pub use routine::Executable;
 pub use seen::{Live, NotASite, Seen, SeenSite};
 pub use stub::{Line, OutOfReach, Stub, StubError, Tail};
+use window::Hops;
 pub use window::{Hop, NoWindow, Obstacle, Target, Window, WindowKind};
 
 /// A virtual address in the image, as the library's file has it. The live
@@ -174,7 +175,7 @@ impl CodeMap {
         let (all, unknown) = sites::find(&code);
         for mut found in all {
             found.names.sort_by_key(|n| n.at);
-            let window = window::of_site(&code, found.at, found.kind, &taken);
+            let window = window::of_site(&code, found.at, found.kind, Hops::No, &taken);
             taken.extend(window.iter().flat_map(Window::ranges));
             sites.push(Site {
                 at: ImageAddress(found.at),
@@ -184,6 +185,14 @@ impl CodeMap {
                 exhaustive: found.exhaustive,
                 window,
             });
+        }
+        // Filler that nobody has for a window of its own.
+        for site in &mut sites {
+            if site.window.is_err() {
+                let hop = window::of_site(&code, site.at.0, site.kind, Hops::Allowed, &taken);
+                taken.extend(hop.iter().flat_map(Window::ranges));
+                site.window = hop;
+            }
         }
         let open = unknown || sites.iter().any(|s| !s.exhaustive);
         (sites, open)

@@ -16,7 +16,7 @@ use super::extents::index_of;
 use super::flow::{Code, number, register_target};
 use super::image::Stored;
 use super::sites::exits;
-use super::window::{NoWindow, Window, of_site};
+use super::window::{Hops, NoWindow, Window, of_site};
 use super::{CodeMap, ImageAddress, SiteKind};
 
 /// The worker, as it is read after the call.
@@ -92,7 +92,7 @@ impl CodeMap {
         let known = self.sites.iter().filter(|s| s.at != site.at);
         others.extend(known.flat_map(|s| s.window.iter().flat_map(Window::ranges)));
         others.extend(self.entry_window("faas_func_call").ok().map(|w| w.range()));
-        of_site(&code, site.at.0, site.kind, &others)
+        of_site(&code, site.at.0, site.kind, Hops::Allowed, &others)
     }
 
     /// The site that made a call, in this library loaded at `bias`. `invoke`
