@@ -219,6 +219,21 @@ impl CodeMap {
         self.sites.clone()
     }
 
+    /// Every call through a pointer and every jump through one that leaves its
+    /// function, by address, with the window that it would have if it were the
+    /// only site: for surveys.
+    #[must_use]
+    pub fn survey(&self) -> Vec<(ImageAddress, SiteKind, Result<Window, NoWindow>)> {
+        let code = flow::Code::new(&self.image, &self.extents, &self.labels);
+        sites::indirect(&code)
+            .into_iter()
+            .map(|(at, kind)| {
+                let window = window::of_site(&code, at, kind, Hops::Allowed, &[]);
+                (ImageAddress(at), kind, window)
+            })
+            .collect()
+    }
+
     /// The window at the entry of an exported function, such as
     /// `faas_func_call`.
     ///

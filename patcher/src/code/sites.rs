@@ -418,7 +418,7 @@ pub(super) struct Exit {
 /// its own and those of functions that it jumps to. `None` if they can't be
 /// told.
 pub(super) fn exits(code: &Code<'_>, function: u64) -> Option<Vec<Exit>> {
-    let mut exits = BTreeMap::new();
+    let mut all = BTreeMap::new();
     let mut functions = vec![function];
     let mut next = 0;
     while let Some(&function) = functions.get(next) {
@@ -427,21 +427,56 @@ pub(super) fn exits(code: &Code<'_>, function: u64) -> Option<Vec<Exit>> {
         if code.extents[root].start != function || next > MAX_FOLLOWED {
             return None;
         }
-        let mut machine = Machine::new(code.image, code.labels);
-        code.run(root, &mut machine, &mut |machine, state, instruction| {
-            if !at_entry_depth(state) {
-                return;
-            }
-            if let Some(exit) = exit(code, root, machine, state, instruction) {
-                exits.insert(instruction.ip(), exit);
-            } else if let Some(to) = jump_out(code, instruction)
-                && !functions.contains(&to)
-            {
+        let (exits, on) = exits_of(code, root)?;
+        all.extend(exits);
+        for to in on {
+            if !functions.contains(&to) {
                 functions.push(to);
             }
-        })?;
+        }
     }
-    Some(exits.into_values().collect())
+    Some(all.into_values().collect())
+}
+
+/// The jumps through a pointer, by address, that leave the function at extent
+/// `root`, and the functions that it jumps to.
+pub(super) fn exits_of(
+    code: &Code<'_>,
+    root: usize,
+) -> Option<(BTreeMap<u64, Exit>, BTreeSet<u64>)> {
+    let mut machine = Machine::new(code.image, code.labels);
+    let (mut exits, mut on) = (BTreeMap::new(), BTreeSet::new());
+    code.run(root, &mut machine, &mut |machine, state, instruction| {
+        if !at_entry_depth(state) {
+            return;
+        }
+        if let Some(exit) = exit(code, root, machine, state, instruction) {
+            exits.insert(instruction.ip(), exit);
+        } else {
+            on.extend(jump_out(code, instruction));
+        }
+    })?;
+    Some((exits, on))
+}
+
+/// All calls through a pointer, and jumps through one that leave their
+/// function, of all functions.
+pub(super) fn indirect(code: &Code<'_>) -> BTreeMap<u64, SiteKind> {
+    let mut all = BTreeMap::new();
+    for (index, extent) in code.extents.iter().enumerate() {
+        if !extent.function || !code.labels.has_indirect(extent.start, extent.end) {
+            continue;
+        }
+        for i in code.decode(extent) {
+            if let Some((kind @ (SiteKind::Call | SiteKind::ThunkCall), _)) = branch(code, &i) {
+                all.insert(i.ip(), kind);
+            }
+        }
+        let (exits, _) = exits_of(code, index).unwrap_or_default();
+        let sure = exits.into_iter().filter(|(_, exit)| exit.sure);
+        all.extend(sure.map(|(at, exit)| (at, exit.kind)));
+    }
+    all
 }
 
 /// The function that a direct jump at the entry's depth goes on in.
