@@ -110,6 +110,14 @@ impl WindowRecord {
         self.is_call() && self.end() == address || self.returns.contains(&address)
     }
 
+    /// Whether the call or jump at this live address is the one that is led
+    /// away here.
+    #[must_use]
+    pub fn leads_away(&self, address: u64) -> bool {
+        let branch = self.copies.last().map(|(offset, _)| u64::from(*offset));
+        self.is_site() && branch.is_some_and(|offset| self.address + offset == address)
+    }
+
     /// Whether it serves calls of every callee: it goes with the last one.
     #[must_use]
     pub fn serves_all(&self) -> bool {
@@ -810,6 +818,29 @@ mod tests {
         let mut newer = memory(&written);
         newer.put(0x10_0008, &9_u32.to_le_bytes());
         assert!(text(find(7, 99, &maps(), &newer)).contains("version 9"));
+    }
+
+    #[test]
+    fn a_window_leads_its_own_call_away() {
+        let window = manifest().windows.remove(0);
+        assert!(window.leads_away(window.address + 3), "the call");
+        assert!(!window.leads_away(window.address), "what is displaced");
+        for (entry, routine, hop_of) in [(true, false, 0), (false, true, 0), (false, false, 9)] {
+            let other = WindowRecord {
+                entry,
+                routine,
+                hop_of,
+                ..window.clone()
+            };
+            assert!(!other.leads_away(other.address + 3));
+        }
+        let tail = WindowRecord {
+            call: false,
+            returns: vec![0x40_0100],
+            ..window.clone()
+        };
+        assert!(window.returns_to(window.end()) && !tail.returns_to(window.end()));
+        assert!(tail.returns_to(0x40_0100) && !window.returns_to(0x40_0100));
     }
 
     #[test]

@@ -178,7 +178,7 @@ impl Stage<'_> {
         );
         let left = graft["seen"].as_array().map_or(0, Vec::len);
         ensure!(
-            (2..=6).contains(&left) && graft["routine"] == true,
+            (1..=2).contains(&left) && graft["routine"] == true,
             "{}: {left} places left: {graft}",
             self.caller
         );

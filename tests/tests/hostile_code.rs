@@ -50,11 +50,61 @@ fn windows(stage: &Stage<'_>) -> Result<Vec<(u64, Vec<u8>)>> {
         .collect()
 }
 
+/// Foo, all of whose calls are one that is a branch target: it hops through
+/// filler.
+const HOPS: &str = r#"
+#define FOO_INVOKE(ctx, ...) meet((ctx)->invoke, (ctx)->caller_context, __VA_ARGS__)
+#include "worker_v1.h"
+int meet(invoke_func_fn invoke, void *context, const char *name, const char *input, size_t length,
+         const char **output, size_t *output_length);
+__asm__(".text\n"
+        ".p2align 4\n"
+        ".type meet, @function\n"
+        "meet:\n"
+        "    .cfi_startproc\n"
+        "    push %rbx\n"
+        "    .cfi_def_cfa_offset 16\n"
+        "    mov %rdi, %rax\n"
+        "    mov %rsi, %rdi\n"
+        "    mov %rdx, %rsi\n"
+        "    mov %rcx, %rdx\n"
+        "    mov %r8, %rcx\n"
+        "    mov %r9, %r8\n"
+        "    mov 16(%rsp), %r9\n"
+        "    test %rcx, %rcx\n"
+        "    je 1f\n"
+        "    mov %rcx, %rbx\n"
+        "1:  call *%rax\n"
+        "    pop %rbx\n"
+        "    .cfi_def_cfa_offset 8\n"
+        "    ret\n"
+        "    .cfi_endproc\n"
+        ".size meet, . - meet\n"
+        ".p2align 4\n");
+#include "foo_logic.h"
+#include "lifecycle.h"
+int faas_func_call(void *worker_handle, const char *input, size_t input_length) {
+    return foo_handle(worker_handle, input, input_length);
+}
+"#;
+
 #[test]
 fn what_other_tools_have_written_is_left_to_them() -> Result<()> {
+    others_write(library("foo.c")?, 10)
+}
+
+/// One that has a breakpoint where it jumps to filler jumps there again when
+/// the breakpoint is gone: the filler leads on as long.
+#[test]
+fn what_other_tools_have_written_before_filler_is_left_to_them() -> Result<()> {
+    let caller = fixtures::compile_text("hops", HOPS, Compiler::Gcc, &["-O2", "-I."])?;
+    others_write(caller, 12)
+}
+
+fn others_write(caller: PathBuf, least: usize) -> Result<()> {
     let node = Node::start(NodeSpec::new([
         FunctionSpec::new("Bar", 1, library("bar.c")?),
-        FunctionSpec::new("Foo", 2, library("foo.c")?),
+        FunctionSpec::new("Foo", 2, caller),
     ]))?;
     let agent = Agent::start()?;
     let stage = Stage::new(&node, &agent, "Foo")?;
@@ -89,7 +139,7 @@ fn what_other_tools_have_written_is_left_to_them() -> Result<()> {
         }
         with_bytes(*address, &[0xe9, 0x11, 0x22, 0x33, 0x44], &refused)?;
     }
-    ensure!(places >= 10, "{places} places");
+    ensure!(places >= least, "{places} places");
     stage.serves()?;
 
     // The same with our bytes there: the gate goes off, theirs stay.

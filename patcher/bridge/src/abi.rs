@@ -563,7 +563,9 @@ pub struct Graft {
     pub legacy: Cell<u64>,
     /// Thread pointer of the thread that runs the initialisers, 0 when none.
     pub initialiser: AtomicU64,
-    /// `.eh_frame` of the graft's stubs, zero-terminated; 0 for none.
+    /// `.eh_frame`s of the graft's stubs and of filler that leads there, each
+    /// zero-terminated, one after another, an empty one last; 0 for none.
+    /// Bridges that knew of one alone register the first.
     pub stub_eh_frame: u64,
     /// The [`Graft`] whose nested calls go here, 0 for the worker's function.
     pub parent: u64,

@@ -168,12 +168,32 @@ pub(crate) unsafe fn register(graft: &Graft, worker: &Worker) {
         if claimed.is_ok() {
             table(worker, worker.eh_frame);
         }
-        table(worker, graft.stub_eh_frame);
+        tables(worker, graft.stub_eh_frame);
         let modules = graft.modules as *const Module;
         let mut index = 0;
         while index < graft.module_count as usize {
             table(worker, (*modules.add(index)).eh_frame);
             index += 1;
+        }
+    }
+}
+
+/// Tables one after another, up to an empty one.
+unsafe fn tables(worker: &Worker, first: u64) {
+    if first == 0 {
+        return;
+    }
+    let mut at = first as *const u8;
+    // SAFETY: as the caller promises; an entry begins with the length of what
+    // follows, 0 where a table ends.
+    unsafe {
+        while at.cast::<u32>().read_unaligned() != 0 {
+            table(worker, at as u64);
+            let mut length = 1;
+            while length != 0 {
+                length = at.cast::<u32>().read_unaligned();
+                at = at.add(4 + length as usize);
+            }
         }
     }
 }

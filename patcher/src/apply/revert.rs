@@ -136,6 +136,19 @@ fn foreign(present: &Present, callee: &str) -> Option<Refused> {
     })
 }
 
+/// Whether the window at this address holds bytes of somebody else's, which
+/// may give way to ours again, as a breakpoint does: a jump to filler that
+/// has to lead on then.
+fn may_jump_back(present: &Present, window: u64) -> bool {
+    let windows = &present.manifest.windows;
+    (0..windows.len()).any(|i| {
+        windows[i].address == window
+            && !present.in_place(i)
+            && !present.is_gone(i)
+            && present.live[i] != windows[i].before
+    })
+}
+
 /// The edges that run fused beside this one.
 fn open_edges<'a>(present: &'a Present, callee: &str) -> Vec<&'a str> {
     let grafts = present.manifest.grafts.iter().zip(&present.gates);
@@ -180,6 +193,7 @@ fn windows(present: &Present, callee: &str) -> Vec<WindowRecord> {
         .iter()
         .map(|i| &manifest.windows[*i])
         .filter(|w| !w.entry && w.passed_by(callee) && !needed(w))
+        .filter(|w| w.hop_of == 0 || !may_jump_back(present, w.hop_of))
         .cloned()
         .collect();
     out.sort_by_key(|w| w.hop_of != 0);
@@ -196,4 +210,100 @@ fn windows(present: &Present, callee: &str) -> Vec<WindowRecord> {
         );
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::manifest::{BridgeAddresses, GraftRecord, Manifest, Region};
+
+    const BEFORE: [u8; 2] = [0xff, 0xd0];
+    const AFTER: [u8; 2] = [0xeb, 0x3e];
+    const FILLER: [u8; 5] = [0x90; 5];
+    const HOP: [u8; 5] = [0xe9, 1, 2, 3, 4];
+
+    /// A call that jumps to filler, with these bytes in the one and the other.
+    fn present(call: &[u8], filler: &[u8]) -> Present {
+        let window = WindowRecord {
+            address: 0x1000,
+            before: BEFORE.to_vec(),
+            after: AFTER.to_vec(),
+            jumped: true,
+            names: vec!["Bar".into()],
+            ..WindowRecord::default()
+        };
+        let hop = WindowRecord {
+            address: 0x1040,
+            before: FILLER.to_vec(),
+            after: HOP.to_vec(),
+            jumped: false,
+            hop_of: window.address,
+            ..window.clone()
+        };
+        let region = Region { start: 0, len: 0 };
+        Present {
+            manifest: Manifest {
+                version: 0,
+                format: 0,
+                generation: 0,
+                pid: 0,
+                start_time: 0,
+                library: String::new(),
+                control: 0,
+                worker: 0,
+                bridge: BridgeAddresses {
+                    enter: 0,
+                    hook: 0,
+                    routine: 0,
+                    exports: BTreeMap::new(),
+                },
+                regions: Vec::new(),
+                windows: vec![hop, window],
+                grafts: vec![GraftRecord {
+                    callee: "Bar".into(),
+                    parent: 0,
+                    build_id: String::new(),
+                    dependencies: String::new(),
+                    library: String::new(),
+                    graft: 0,
+                    index: 0,
+                    slot: 0,
+                    image: region,
+                    replaced: false,
+                }],
+            },
+            slot: 1,
+            live: vec![filler.to_vec(), call.to_vec()],
+            states: vec![0],
+            gates: vec![true],
+            seen: Vec::new(),
+        }
+    }
+
+    fn restored(call: &[u8], filler: &[u8]) -> Vec<u64> {
+        let windows = windows(&present(call, filler), "Bar");
+        windows.iter().map(|w| w.address).collect()
+    }
+
+    #[test]
+    fn filler_goes_after_the_window_that_jumps_there() {
+        assert_eq!(restored(&AFTER, &HOP), [0x1000, 0x1040]);
+        // An agent died between the two.
+        assert_eq!(restored(&BEFORE, &HOP), [0x1040]);
+        assert!(restored(&BEFORE, &FILLER).is_empty());
+    }
+
+    #[test]
+    fn filler_stays_behind_a_breakpoint_that_may_give_way_to_a_jump_there() {
+        let breakpoint = [0xcc, AFTER[1]];
+        assert!(restored(&breakpoint, &HOP).is_empty());
+        assert!(foreign(&present(&breakpoint, &HOP), "Bar").is_some());
+        // Nothing jumps to one in the filler when the window is gone.
+        let in_filler = [0xcc, 1, 2, 3, 4];
+        assert_eq!(restored(&AFTER, &in_filler), [0x1000]);
+        // A library that was closed jumps nowhere.
+        assert_eq!(restored(&[], &HOP), [0x1040]);
+    }
 }

@@ -3,7 +3,7 @@
 use iced_x86::{Code as Opcode, FlowControl, OpKind};
 
 use super::flow::Code;
-use super::window::{NEAR, of_routine, of_site};
+use super::window::{Hops, NEAR, of_routine, of_site};
 use super::{CodeMap, SiteKind, Tail, Window, WindowKind};
 
 /// Where the library is loaded.
@@ -32,7 +32,7 @@ impl CodeMap {
                     _ => continue,
                 };
                 if windows.len() < MOST {
-                    windows.extend(of_site(&code, i.ip(), kind, &[]));
+                    windows.extend(of_site(&code, i.ip(), kind, Hops::Allowed, &[]));
                 }
             }
         }

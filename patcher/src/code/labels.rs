@@ -8,6 +8,7 @@
 //!   `lea` of the table) and absolute ones (relocated addresses);
 //! - landing pads of exception tables;
 //! - code addresses that are taken, by `lea` or by a relocation;
+//! - what is read there as a constant, every word of it;
 //! - symbols, and starts of functions.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -174,6 +175,15 @@ impl Labels {
     }
 
     fn look_at(&mut self, image: &Image, extent: &Extent, instruction: &Instruction) {
+        if instruction.is_ip_rel_memory_operand() && instruction.mnemonic() != Mnemonic::Lea {
+            // Constants among code may look like filler.
+            let at = instruction.ip_rel_memory_address();
+            let size = instruction.memory_size().size() as u64;
+            let words = (0..size.max(1))
+                .step_by(4)
+                .map(|word| at.wrapping_add(word));
+            self.all.extend(words.filter(|word| image.is_code(*word)));
+        }
         match instruction.flow_control() {
             FlowControl::Next => {
                 if instruction.mnemonic() == Mnemonic::Lea && instruction.is_ip_rel_memory_operand()
@@ -301,6 +311,12 @@ impl Labels {
     /// Whether `at` is entered as a function.
     pub(super) fn is_function(&self, at: u64) -> bool {
         self.functions.binary_search(&at).is_ok()
+    }
+
+    /// Whether anything in `start..end` is entered as a function.
+    pub(super) fn has_function(&self, start: u64, end: u64) -> bool {
+        let next = self.functions.partition_point(|&at| at < start);
+        self.functions.get(next).is_some_and(|&at| at < end)
     }
 
     /// Where the relative jump table at `base` leads.

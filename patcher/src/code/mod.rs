@@ -42,6 +42,7 @@ use serde::{Deserialize, Serialize};
 pub use routine::Executable;
 pub use seen::{Live, NotASite, Seen, SeenSite};
 pub use stub::{Line, OutOfReach, Stub, StubError, Tail};
+use window::Hops;
 pub use window::{Hop, NoWindow, Obstacle, Target, Window, WindowKind};
 
 /// A virtual address in the image, as the library's file has it. The live
@@ -174,7 +175,7 @@ impl CodeMap {
         let (all, unknown) = sites::find(&code);
         for mut found in all {
             found.names.sort_by_key(|n| n.at);
-            let window = window::of_site(&code, found.at, found.kind, &taken);
+            let window = window::of_site(&code, found.at, found.kind, Hops::No, &taken);
             taken.extend(window.iter().flat_map(Window::ranges));
             sites.push(Site {
                 at: ImageAddress(found.at),
@@ -184,6 +185,14 @@ impl CodeMap {
                 exhaustive: found.exhaustive,
                 window,
             });
+        }
+        // Filler that nobody has for a window of its own.
+        for site in &mut sites {
+            if site.window.is_err() {
+                let hop = window::of_site(&code, site.at.0, site.kind, Hops::Allowed, &taken);
+                taken.extend(hop.iter().flat_map(Window::ranges));
+                site.window = hop;
+            }
         }
         let open = unknown || sites.iter().any(|s| !s.exhaustive);
         (sites, open)
@@ -208,6 +217,21 @@ impl CodeMap {
     #[must_use]
     pub fn all_sites(&self) -> Vec<Site> {
         self.sites.clone()
+    }
+
+    /// Every call through a pointer and every jump through one that leaves its
+    /// function, by address, with the window that it would have if it were the
+    /// only site: for surveys.
+    #[must_use]
+    pub fn survey(&self) -> Vec<(ImageAddress, SiteKind, Result<Window, NoWindow>)> {
+        let code = flow::Code::new(&self.image, &self.extents, &self.labels);
+        sites::indirect(&code)
+            .into_iter()
+            .map(|(at, kind)| {
+                let window = window::of_site(&code, at, kind, Hops::Allowed, &[]);
+                (ImageAddress(at), kind, window)
+            })
+            .collect()
     }
 
     /// The window at the entry of an exported function, such as

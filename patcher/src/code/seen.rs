@@ -6,14 +6,17 @@
 //! pointer to something else. The registers at the entry are those of the call
 //! itself, so what it went through can be read again: a register exactly,
 //! memory as it is now. Where the outer call is direct, the same tells which
-//! jump of the function that it calls made the RPC.
+//! jump made the RPC, of the function that it calls or of one that this goes on
+//! in. A switch is none: what is led away loses r11, and what lies below the
+//! stack pointer.
 
 use iced_x86::{Code as Opcode, Instruction, OpKind, Register};
 
 use super::extents::index_of;
 use super::flow::{Code, number, register_target};
 use super::image::Stored;
-use super::window::{NoWindow, Window, of_site};
+use super::sites::exits;
+use super::window::{Hops, NoWindow, Window, of_site};
 use super::{CodeMap, ImageAddress, SiteKind};
 
 /// The worker, as it is read after the call.
@@ -89,7 +92,7 @@ impl CodeMap {
         let known = self.sites.iter().filter(|s| s.at != site.at);
         others.extend(known.flat_map(|s| s.window.iter().flat_map(Window::ranges)));
         others.extend(self.entry_window("faas_func_call").ok().map(|w| w.range()));
-        of_site(&code, site.at.0, site.kind, &others)
+        of_site(&code, site.at.0, site.kind, Hops::Allowed, &others)
     }
 
     /// The site that made a call, in this library loaded at `bias`. `invoke`
@@ -140,8 +143,8 @@ impl CodeMap {
         Ok(SeenSite { at, kind })
     }
 
-    /// The only jump of the function at `function` that can have gone to the
-    /// routine.
+    /// The only jump that can have gone to the routine when the function at
+    /// `function` was called.
     fn tail_jump(
         &self,
         code: &Code<'_>,
@@ -151,26 +154,23 @@ impl CodeMap {
         invoke: u64,
         live: &dyn Live,
     ) -> Option<SeenSite> {
-        let extent = &self.extents[index_of(&self.extents, function)?];
-        if extent.start != function {
-            return None;
-        }
-        let all = code.decode(extent);
-        let mut jumps = all.iter().filter_map(|i| {
-            let (kind, target) = match i.code() {
-                Opcode::Jmp_rm64 => (SiteKind::TailJump, self.target(i, seen, bias, live)),
-                Opcode::Jmp_rel32_64 => {
-                    let register = self.labels.thunks.get(&i.near_branch_target())?;
-                    (SiteKind::ThunkJump, value(*register, seen))
+        let all = exits(code, function)?;
+        let mut went = all.iter().filter(|exit| {
+            let jump = &exit.jump;
+            let target = match exit.kind {
+                SiteKind::ThunkJump => {
+                    let register = self.labels.thunks.get(&jump.near_branch_target());
+                    register.and_then(|register| value(*register, seen))
                 }
-                _ => return None,
+                _ => self.target(jump, seen, bias, live),
             };
-            (target == Some(invoke)).then_some(SeenSite {
-                at: ImageAddress(i.ip()),
-                kind,
-            })
+            target == Some(invoke)
         });
-        jumps.next().filter(|_| jumps.next().is_none())
+        let only = went.next().filter(|_| went.next().is_none())?;
+        only.sure.then_some(SeenSite {
+            at: ImageAddress(only.jump.ip()),
+            kind: only.kind,
+        })
     }
 
     /// What the call went to, if that can still be told.

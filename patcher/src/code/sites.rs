@@ -15,7 +15,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use iced_x86::{Code as Opcode, FlowControl, Instruction, OpKind, Register};
 
 use super::extents::index_of;
-use super::flow::{ARGUMENTS, Code, Machine, Place, RSP, State, Value, number, register_target};
+use super::flow::{
+    ARGUMENTS, Code, Machine, Place, RSP, State, Value, at_entry_depth, number, register_target,
+};
 use super::{ImageAddress, Name, SiteKind};
 
 /// Calls between the function that names and the one that invokes.
@@ -397,6 +399,132 @@ fn candidate(
         slot,
         names: names.into_iter().collect(),
         open,
+    })
+}
+
+/// Most functions that a call is followed through by their jumps.
+const MAX_FOLLOWED: usize = 16;
+
+/// A jump through a pointer that may leave its function for good.
+pub(super) struct Exit {
+    pub(super) jump: Instruction,
+    pub(super) kind: SiteKind,
+    /// It is no switch, for sure: nothing of the function's is alive behind it
+    /// that a call would clobber, in a register or below the stack pointer.
+    pub(super) sure: bool,
+}
+
+/// The jumps through a pointer by which a call of `function` may go elsewhere,
+/// its own and those of functions that it jumps to. `None` if they can't be
+/// told.
+pub(super) fn exits(code: &Code<'_>, function: u64) -> Option<Vec<Exit>> {
+    let mut all = BTreeMap::new();
+    let mut functions = vec![function];
+    let mut next = 0;
+    while let Some(&function) = functions.get(next) {
+        next += 1;
+        let root = index_of(code.extents, function)?;
+        if code.extents[root].start != function || next > MAX_FOLLOWED {
+            return None;
+        }
+        let (exits, on) = exits_of(code, root)?;
+        all.extend(exits);
+        for to in on {
+            if !functions.contains(&to) {
+                functions.push(to);
+            }
+        }
+    }
+    Some(all.into_values().collect())
+}
+
+/// The jumps through a pointer, by address, that leave the function at extent
+/// `root`, and the functions that it jumps to.
+pub(super) fn exits_of(
+    code: &Code<'_>,
+    root: usize,
+) -> Option<(BTreeMap<u64, Exit>, BTreeSet<u64>)> {
+    let mut machine = Machine::new(code.image, code.labels);
+    let (mut exits, mut on) = (BTreeMap::new(), BTreeSet::new());
+    code.run(root, &mut machine, &mut |machine, state, instruction| {
+        if !at_entry_depth(state) {
+            return;
+        }
+        if let Some(exit) = exit(code, root, machine, state, instruction) {
+            exits.insert(instruction.ip(), exit);
+        } else {
+            on.extend(jump_out(code, instruction));
+        }
+    })?;
+    Some((exits, on))
+}
+
+/// All calls through a pointer, and jumps through one that leave their
+/// function, of all functions.
+pub(super) fn indirect(code: &Code<'_>) -> BTreeMap<u64, SiteKind> {
+    let mut all = BTreeMap::new();
+    for (index, extent) in code.extents.iter().enumerate() {
+        if !extent.function || !code.labels.has_indirect(extent.start, extent.end) {
+            continue;
+        }
+        for i in code.decode(extent) {
+            if let Some((kind @ (SiteKind::Call | SiteKind::ThunkCall), _)) = branch(code, &i) {
+                all.insert(i.ip(), kind);
+            }
+        }
+        let (exits, _) = exits_of(code, index).unwrap_or_default();
+        let sure = exits.into_iter().filter(|(_, exit)| exit.sure);
+        all.extend(sure.map(|(at, exit)| (at, exit.kind)));
+    }
+    all
+}
+
+/// The function that a direct jump at the entry's depth goes on in.
+fn jump_out(code: &Code<'_>, instruction: &Instruction) -> Option<u64> {
+    let jumps = matches!(
+        instruction.flow_control(),
+        FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch
+    ) && instruction.op0_kind() == OpKind::NearBranch64;
+    let to = instruction.near_branch_target();
+    let out = jumps && index_of(code.extents, to) != index_of(code.extents, instruction.ip());
+    (out && code.labels.is_function(to)).then_some(to)
+}
+
+/// The jump at `instruction`, of the function at extent `root`, as an exit.
+fn exit(
+    code: &Code<'_>,
+    root: usize,
+    machine: &mut Machine<'_>,
+    state: &State,
+    instruction: &Instruction,
+) -> Option<Exit> {
+    let (kind, register) = branch(code, instruction)?;
+    // `notrack` marks a switch.
+    let marked = instruction.segment_prefix() == Register::DS && register.is_some();
+    if marked || !matches!(kind, SiteKind::TailJump | SiteKind::ThunkJump) {
+        return None;
+    }
+    let value = match register {
+        Some(register) => number(register).map_or(Value::ANY, |n| state.registers[n]),
+        None => {
+            let place = machine.place(state, instruction);
+            machine.load(state, place)
+        }
+    };
+    let (targets, closed) = machine.sets.constants(value);
+    if closed && !targets.is_empty() {
+        return None;
+    }
+    let sure = match value {
+        Value::Import | Value::Label(_) | Value::Entry(_) => return None,
+        // Not from a table of labels.
+        Value::Field(_) | Value::Global(_) | Value::Parameter(_) => true,
+        _ => !code.has_table(root),
+    };
+    Some(Exit {
+        jump: *instruction,
+        kind,
+        sure: sure && !code.has_inner_function(root),
     })
 }
 

@@ -270,11 +270,21 @@ impl Window {
     }
 }
 
+/// Whether a window may jump to filler elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Hops {
+    /// It may.
+    Allowed,
+    /// Not yet: the filler may be another window's own.
+    No,
+}
+
 /// The window of the site at `at`. `taken` are windows chosen before.
 pub(super) fn of_site(
     code: &Code<'_>,
     at: u64,
     kind: SiteKind,
+    hops: Hops,
     taken: &[(u64, u64)],
 ) -> Result<Window, NoWindow> {
     let undecodable = NoWindow::Undecodable {
@@ -353,7 +363,8 @@ pub(super) fn of_site(
             other
         }
     };
-    if check_range(code, at, end, taken).is_ok()
+    if hops == Hops::Allowed
+        && check_range(code, at, end, taken).is_ok()
         && let Some(hop) = filler::hop(code, at, taken)
     {
         return Ok(window(jumped, at, end, Some(hop)));

@@ -48,7 +48,7 @@ pub(super) fn complete(
     sites: &Sites,
     plan: &mut PatchPlan,
 ) -> Result<(), Refused> {
-    let before = plan.manifest.windows.len();
+    let before = plan.manifest.windows.clone();
     let needed = sites.usable.is_empty() || !sites.unfused.is_empty();
     if needed && !plan.has_routine() {
         match routine(input, plan) {
@@ -62,7 +62,7 @@ pub(super) fn complete(
         plan.through_routine = std::mem::take(&mut plan.unfused);
         seen(input, plan);
     }
-    if plan.manifest.windows.len() > before {
+    if plan.manifest.windows != before {
         if plan.already {
             plan.already = false;
             if let Some(graft) = plan.manifest.graft(input.name) {
@@ -216,7 +216,14 @@ fn seen(input: &Input<'_>, plan: &mut PatchPlan) {
                     continue;
                 }
             };
-            // Several calls may lead to one jump.
+            // Several calls may lead to one jump, some of them seen before it
+            // was rewritten for others.
+            let at = site.at.0.wrapping_add(module.bias);
+            let windows_known = &mut plan.manifest.windows;
+            if let Some(window) = windows_known.iter_mut().find(|w| w.leads_away(at)) {
+                window.returns.push(to);
+                continue;
+            }
             if let Some(&index) = windows.get(&site.at) {
                 let other: &mut Found = &mut found[index];
                 other.returns.push(to);

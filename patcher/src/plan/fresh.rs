@@ -466,7 +466,7 @@ impl Draft<'_> {
         Ok(Stubs {
             bytes,
             windows: records,
-            eh_frame: unwind::eh_frame(&frames),
+            eh_frame: unwind::eh_frames(&frames),
         })
     }
 

@@ -297,6 +297,17 @@ fn generated(function: u64) -> u64 {
 
 /// Unwind table of [`generated`] code.
 fn table(code: u64) -> u64 {
+    Vec::leak(table_bytes(code)).as_ptr() as u64
+}
+
+/// Tables one after another.
+fn tables(codes: &[u64]) -> u64 {
+    let mut bytes: Vec<u8> = codes.iter().flat_map(|code| table_bytes(*code)).collect();
+    bytes.extend([0; 4]);
+    Vec::leak(bytes).as_ptr() as u64
+}
+
+fn table_bytes(code: u64) -> Vec<u8> {
     let mut bytes: Vec<u8> = Vec::new();
     // CIE: version 1, no augmentation, code and data alignment, rip;
     // DW_CFA_def_cfa rsp 8, DW_CFA_offset rip 1.
@@ -311,16 +322,17 @@ fn table(code: u64) -> u64 {
     bytes.extend([0x44, 0x0e, 16]);
     bytes.resize(56, 0);
     bytes.extend([0; 4]);
-    Vec::leak(bytes).as_ptr() as u64
+    bytes
 }
 
 #[test]
 fn unwind_tables_of_images_and_stubs_are_registered() {
     let world = world();
     let inner = generated(functions().get("thrower"));
-    let outer = generated(inner);
+    let middle = generated(inner);
+    let outer = generated(middle);
     world.modules[0].eh_frame = table(inner);
-    world.graft.stub_eh_frame = table(outer);
+    world.graft.stub_eh_frame = tables(&[middle, outer]);
     world.graft.call = outer;
     assert_eq!(first_call(&world), STATE_INITIALISED);
     assert_eq!(world.worker.eh_frame_registered.load(SeqCst), 1);

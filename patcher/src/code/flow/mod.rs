@@ -103,6 +103,23 @@ impl<'a> Code<'a> {
         Some(run.followed)
     }
 
+    /// Whether the function at this extent takes the address of a jump table.
+    pub(super) fn has_table(&self, extent: usize) -> bool {
+        let all = self.decode(&self.extents[extent]);
+        let mut bases = all
+            .iter()
+            .filter(|i| i.mnemonic() == Mnemonic::Lea && i.is_ip_rel_memory_operand())
+            .map(Instruction::ip_rel_memory_address);
+        bases.any(|base| self.labels.table(base).is_some() || !self.absolute_table(base).is_empty())
+    }
+
+    /// Whether something within this extent is entered or addressed as a
+    /// function: where a computed `goto` leads looks like that.
+    pub(super) fn has_inner_function(&self, extent: usize) -> bool {
+        let extent = &self.extents[extent];
+        self.labels.has_function(extent.start + 1, extent.end)
+    }
+
     /// Where the absolute jump table at `base` leads.
     fn absolute_table(&self, base: u64) -> Vec<u64> {
         let entries = self
@@ -144,7 +161,7 @@ pub(super) fn decode(image: &Image, start: u64, end: u64) -> Vec<Instruction> {
 }
 
 /// Whether `rsp` is where it was at the function's entry.
-fn at_entry_depth(state: &State) -> bool {
+pub(super) fn at_entry_depth(state: &State) -> bool {
     state.registers[RSP]
         == Value::Stack {
             region: 0,

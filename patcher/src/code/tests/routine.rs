@@ -292,3 +292,80 @@ fn the_jump_behind_a_direct_call_is_told_by_where_it_went() {
         );
     }
 }
+
+/// A function that is called directly and whose `jump` goes through rax, then
+/// one that it goes on in, whose jump goes through r11. Which of them is taken
+/// for the one that made the RPC, if it was through one of these registers.
+fn seen_behind(jump: &[u8], table: &[i32], through: &[usize]) -> Option<u64> {
+    #[rustfmt::skip]
+    let mut code = vec![
+        0xe8, 0x03, 0x00, 0x00, 0x00, // f: call g
+        0x31, 0xc0,                   // 5: xor eax, eax
+        0xc3,
+        0x48, 0x83, 0xf9, 0x05,       // 8, g: cmp rcx, 5
+        0x0f, 0x87, 0x2e, 0x00, 0x00, 0x00, // ja h
+    ];
+    code.extend(jump);
+    code.resize(0x40, 0xcc);
+    #[rustfmt::skip]
+    code.extend([
+        0x4c, 0x8b, 0x5f, 0x08,       // 64, h: mov r11, [rdi+8]
+        0x48, 0x8b, 0x3f,             // mov rdi, [rdi]
+        0x41, 0xff, 0xe3,             // 71: jmp r11
+    ]);
+    let functions = [("f", 0, 8), ("g", 8, 10 + jump.len() as u64), ("h", 64, 10)];
+    let map = analyse(&library(&code, &functions, table)).unwrap();
+    let mut registers = [0; 16];
+    for register in through {
+        registers[*register] = INVOKE;
+    }
+    let seen = Seen {
+        return_address: TEXT + 5,
+        registers,
+    };
+    match map.seen(&seen, 0, INVOKE, &Nothing) {
+        Ok(site) => Some(site.at.0 - TEXT),
+        Err(NotASite::Direct { .. }) => None,
+        Err(other) => panic!("{other}"),
+    }
+}
+
+#[test]
+fn a_switch_is_not_taken_for_the_jump_that_made_the_rpc() {
+    // lea rax, [TABLE]; movsxd r10, [rax+4*rcx]; add rax, r10; jmp rax; ret
+    let switch = |behind: &[u8]| {
+        let mut bytes = vec![0x48, 0x8d, 0x05];
+        let end = TEXT + 18 + 7;
+        bytes.extend((TABLE.wrapping_sub(end) as u32).to_le_bytes());
+        bytes.extend([0x4c, 0x63, 0x14, 0x88, 0x4c, 0x01, 0xd0]);
+        bytes.extend(behind);
+        bytes.extend([0xff, 0xe0, 0xc3]);
+        bytes
+    };
+    let to = |bytes: &[u8]| (TEXT + 18 + bytes.len() as u64 - 1).wrapping_sub(TABLE) as i32;
+    let (rax, r11) = (0, 11);
+    // not rax; not rax: that it comes from the table is lost.
+    for (behind, told) in [
+        (&[][..], true),
+        (&[0x48, 0xf7, 0xd0, 0x48, 0xf7, 0xd0], false),
+    ] {
+        let jump = switch(behind);
+        let table = [to(&jump); 6];
+        assert_eq!(seen_behind(&jump, &table, &[rax]), None, "{told}");
+        assert_eq!(seen_behind(&jump, &table, &[r11]), Some(71), "{told}");
+        let both = seen_behind(&jump, &table, &[rax, r11]);
+        assert_eq!(both, told.then_some(71));
+    }
+    // mov rax, rbx; lea rbx, [the ret]; jmp rax; ret: a computed goto.
+    let goto = [
+        0x48, 0x89, 0xd8, 0x48, 0x8d, 0x1d, 0x02, 0, 0, 0, 0xff, 0xe0, 0xc3,
+    ];
+    assert_eq!(seen_behind(&goto, &[], &[rax]), None);
+    // push rbx; jmp rax: in mid-frame.
+    assert_eq!(seen_behind(&[0x53, 0xff, 0xe0], &[], &[rax]), None);
+    // notrack jmp rax
+    assert_eq!(seen_behind(&[0x3e, 0xff, 0xe0], &[], &[rax]), None);
+    // jmp rax: it, unless both went there.
+    assert_eq!(seen_behind(&[0xff, 0xe0], &[], &[rax]), Some(18));
+    assert_eq!(seen_behind(&[0xff, 0xe0], &[], &[rax, r11]), None);
+}

@@ -1,5 +1,6 @@
 use super::disassemble;
 use super::elf::{BAR, FAILED, TABLE, TEXT, library};
+use crate::code::window::{Hops, of_site};
 use crate::code::{
     CodeMap, ImageAddress, NoWindow, Obstacle, SiteKind, Target, WindowKind, analyse,
 };
@@ -176,6 +177,18 @@ fn a_call_that_is_a_branch_target_hops_through_filler() {
     let into = [0x74, 0x02 + 2];
     entered_filler.splice(end as usize - 2..end as usize - 2, into);
     assert!(followed(&entered_filler, &nops).is_err(), "it is entered");
+    // Bytes that are read: movups xmm0, [the filler], and others.
+    for (before, is_read) in [(0, true), (32, false)] {
+        let mut constant = code.clone();
+        let load = [0x0f, 0x10, 0x05, 0, 0, 0, 0];
+        constant.splice(end as usize - 2..end as usize - 2, load);
+        let last = constant.len() - 1;
+        constant[last] = (RPC as i64 - (last as i64 + 1)) as u8;
+        let distance = constant.len() as i32 - before - (end as i32 - 2 + 7);
+        constant[end as usize + 1..][..4].copy_from_slice(&distance.to_le_bytes());
+        let filler = vec![0x90; 16 - constant.len() % 8];
+        assert_eq!(followed(&constant, &filler).is_err(), is_read, "{before}");
+    }
     // Out of reach.
     let mut far = code.clone();
     far.splice(end as usize..end as usize, [0xc3; 128]);
@@ -232,7 +245,7 @@ fn nothing_enters_a_window_but_at_its_start() {
 
 fn window_at(map: &CodeMap, at: u64) -> Result<crate::code::Window, NoWindow> {
     let code = crate::code::flow::Code::new(&map.image, &map.extents, &map.labels);
-    crate::code::window::of_site(&code, at, SiteKind::Call, &[])
+    of_site(&code, at, SiteKind::Call, Hops::Allowed, &[])
 }
 
 #[test]
@@ -361,4 +374,40 @@ fn a_function_without_room_is_refused_unless_padding_follows() {
             room: 3
         })
     );
+}
+
+#[test]
+fn filler_is_a_jump_s_own_before_it_is_another_call_s() {
+    // A call that is a branch target, and a tail jump with the filler.
+    let mut code = rpc(&[0xff, 0x53, 0x08]);
+    code.extend_from_slice(&RETURN);
+    let branch = code.len() as u64;
+    code.extend([0xeb, (RPC as i64 - (branch as i64 + 2)) as u8]);
+    // Behind it are five bytes of filler: room for one of them.
+    while !(code.len() as u64 + 7 + 7 + 5).is_multiple_of(8) {
+        code.push(0x90);
+    }
+    let other = code.len() as u64;
+    code.extend(lea_rsi(TEXT + other, BAR));
+    // xor ecx, ecx; jmp over nothing; jmp [rdi+8]
+    code.extend([0x31, 0xc9, 0xeb, 0x00, 0xff, 0x67, 0x08]);
+    let jump = code.len() as u64 - 3;
+    code.extend([0xcc; 5]);
+    let next = code.len() as u64;
+    code.push(0xc3);
+    let functions = [
+        ("faas_func_call", 0, branch + 2),
+        ("other", other, jump + 3 - other),
+        ("next", next, 1),
+    ];
+    let map = analyse(&library(&code, &functions, &[])).expect("well-formed");
+    let [call, tail] = map.all_sites().try_into().expect("two sites");
+    assert!(
+        matches!(call.window, Err(NoWindow::Entered { .. })),
+        "{call:?}"
+    );
+    let window = tail.window.expect("a window");
+    assert_eq!((window.hop, window.before.len()), (None, 5));
+    // Alone the call would have it.
+    assert!(window_at(&map, TEXT + RPC).is_ok());
 }
