@@ -383,8 +383,11 @@ unsafe extern "C" fn stack() -> u64 {
     // SAFETY: the handler is installed by a worker's bridge alone.
     let worker = unsafe { imports::worker() };
     let guard = &worker.guard;
+    // Only where there is something to look into: whoever looks through the
+    // thread's stacks for interrupted windows finds them by their signal frames.
     // In a child of `vfork` it may be in use by the parent.
     let mine = sys::thread_pointer() == worker.thread
+        && worker.active.get() != 0
         && guard.handling.get() == 0
         && guard.pid.get() == u64::from(sys::process());
     if mine { guard.stack.get() } else { 0 }

@@ -7,6 +7,7 @@
 //! is, which is harmless: it passes on all that is not its own.
 
 use std::mem::offset_of;
+use std::time::{Duration, Instant};
 
 use nightgraft_bridge::abi::{
     self, ACTION_OURS, ACTION_THEIRS, Action, GUARD_WAITING, GUARDED_SIGNALS, Guard,
@@ -26,6 +27,11 @@ pub(super) fn give_back(
     receipt: &mut RevertReceipt,
 ) -> SignalsBack {
     let mut under_way = false;
+    match drained(process, manifest, limits) {
+        Ok(true) => {}
+        Ok(false) => return SignalsBack::CallUnderWay,
+        Err(error) => return not_reached(manifest, &error),
+    }
     let (mut stops, mut disturbed) = (Vec::new(), Vec::new());
     let result = Memory::open(process)
         .and_then(|memory| Ok((Gadgets::find(&memory)?, memory)))
@@ -52,11 +58,27 @@ pub(super) fn give_back(
     match result {
         Ok(()) if under_way => SignalsBack::CallUnderWay,
         Ok(()) => SignalsBack::GivenBack,
-        Err(error) => {
-            tracing::warn!(pid = manifest.pid, %error, "the guard's signals are not given back");
-            SignalsBack::NotReached
-        }
+        Err(error) => not_reached(manifest, &error),
     }
+}
+
+fn not_reached(manifest: &Manifest, error: &ApplyError) -> SignalsBack {
+    tracing::warn!(pid = manifest.pid, %error, "the guard's signals are not given back");
+    SignalsBack::NotReached
+}
+
+/// Waits a moment for calls that began before the gate was closed; a thread in
+/// one of them may not even be one that can be borrowed.
+fn drained(process: &Process, manifest: &Manifest, limits: &Limits) -> Result<bool, ApplyError> {
+    let memory = Memory::open(process)?;
+    let since = Instant::now();
+    while in_flight(&memory, manifest)? {
+        if since.elapsed() > limits.stop {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(true)
 }
 
 /// Whether a call of any callee is under way, guarded or not.
