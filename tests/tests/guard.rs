@@ -568,6 +568,60 @@ fn a_callee_that_changes_signals_itself_is_refused() -> Result<()> {
     Ok(())
 }
 
+/// Foo, with a filter of its own that kills it for the call by which the guard passes a
+/// signal on.
+const FILTER: &str = r#"#define _GNU_SOURCE
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <stddef.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include "foo_logic.h"
+#include "lifecycle.h"
+int faas_func_call(void *worker_handle, const char *input, size_t input_length) {
+    return foo_handle(worker_handle, input, input_length);
+}
+__attribute__((constructor)) static void start(void) {
+    struct sock_filter filter[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_rt_tgsigqueueinfo, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog program = {4, filter};
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 ||
+        prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) != 0) {
+        _exit(1);
+    }
+}
+"#;
+
+#[test]
+fn what_a_filter_denies_the_guard_is_refused_by_its_name() -> Result<()> {
+    let _alone = alone();
+    let node = node(text("filterfoo", FILTER)?, 1)?;
+    let agent = Agent::start()?;
+    let refused = || -> Result<()> {
+        let (code, refused) = try_guard(&agent, &node, "Bar")?;
+        let error = &refused["error"];
+        ensure!(code == 1 && error["code"] == "call-denied", "{refused}");
+        let message = error["message"].to_string();
+        ensure!(message.contains("rt_tgsigqueueinfo"), "{refused}");
+        Ok(())
+    };
+    refused()?;
+    // Without a guard nothing calls it; and then it does not get one either.
+    agent.patch_allowing(&node, "Foo", "Bar", "all")?;
+    agent.warm_up(&node, "Foo", "Bar")?;
+    refused()?;
+    ensure!(all(&agent, &node, "Bar", "guard", &"none".into())?);
+    let calls = agent.fused_calls(&node, "Foo", "Bar")?;
+    serves(&node)?;
+    ensure!(agent.fused_calls(&node, "Foo", "Bar")? > calls);
+    node.stop()
+}
+
 #[test]
 fn a_guard_comes_and_goes_with_the_patch_that_asks_for_it() -> Result<()> {
     let _alone = alone();

@@ -336,6 +336,8 @@ pub struct Guard {
     pub handler: Cell<u64>,
     /// Top of the stack on which a signal is looked into; 0 for none yet.
     pub stack: Cell<u64>,
+    /// Stack pointer to go back to when looking into it faults.
+    pub attempt: Cell<u64>,
     /// What libstdc++ knows of the worker's thread's exceptions
     /// (`__cxa_eh_globals`: those caught, and how many are thrown), or `none`; 0
     /// before the first guarded call.

@@ -20,11 +20,7 @@
 //! comparison that crashes, `exit` with a handler, a signal handler) may hold a
 //! lock or be half done: there the worker dies, as without a guard. So it does
 //! where the crash is in a library that it shares with the worker, and where the
-//! unwinder can't tell.
-//!
-//! A fault in the callee's own code, with only such frames around it, is like a
-//! call that this instruction makes: no lock of any library's is held by this
-//! thread, and the unwinder may be called as from anywhere.
+//! unwinder can't tell. [`crate::crash`] is the judgement.
 //!
 //! What is not ours is not imitated. The worker's action is put back with the
 //! system call that it was read with, and the signal sent again to this thread
@@ -38,24 +34,16 @@
 
 use core::arch::naked_asm;
 use core::cell::Cell;
-use core::ffi::{c_int, c_void};
+use core::ffi::c_int;
 use core::mem::offset_of;
 use core::sync::atomic::Ordering::{Relaxed, Release};
 
 use crate::abi::{
     ACTION_OURS, ACTION_TAKEN, ACTION_THEIRS, Action, FAILURE_CRASHED, GUARD_DENIED, GUARD_ON,
-    GUARD_TAKEN, GUARDED_SIGNALS, Graft, Guard, Import, Module, SAMPLE_EVERY, STATE_FAILED,
-    SharedEdge, Worker,
+    GUARD_TAKEN, GUARDED_SIGNALS, Graft, Guard, Import, SAMPLE_EVERY, STATE_FAILED, SharedEdge,
+    Worker,
 };
-use crate::{imports, sys};
-
-/// What `_Unwind_Backtrace` calls for each frame.
-pub(crate) type Step = unsafe extern "C" fn(*mut c_void, *mut c_void) -> c_int;
-
-/// `_URC_NO_REASON`.
-const GO_ON: c_int = 0;
-/// `_URC_END_OF_STACK`: what a step answers to end the walk.
-const ENOUGH: c_int = 5;
+use crate::{crash, imports, sys};
 
 /// Bytes of the mapping that holds our stacks: a page that nobody may touch,
 /// the stack on which a signal is looked into, and above it the thread's
@@ -70,9 +58,12 @@ const PAGE: usize = 4096;
 const FLAGS: u64 = 0x4 | 0x0800_0000 | 0x1000_0000 | 0x0400_0000;
 /// All signals: another one's handler would find the alternate stack free.
 const BLOCKED: u64 = !0;
+/// [`GUARDED_SIGNALS`], as the kernel has them in a mask.
+pub(crate) const GUARDED: u64 = 1 << 3 | 1 << 6 | 1 << 7 | 1 << 10;
 
-/// Longest code of [`ng_guarded`]: return addresses in it are told so.
-const GUARDED_LEN: u64 = 160;
+/// Bytes from the stack pointer at the call up to where [`ng_guarded`] keeps
+/// the graft.
+pub(crate) const TO_GRAFT: u64 = 16;
 
 /// What is called instead of a guarded graft's function, with the graft in
 /// `rax`.
@@ -161,7 +152,7 @@ pub(crate) unsafe extern "C" fn ng_recovered() {
         "endbr64",
         "cld",
         "fninit",
-        "mov rax, [rsp + 16]",
+        "mov rax, [rsp + {to_graft}]",
         "mov rax, [rax + {worker}]",
         "mov rax, [rax + {exceptions}]",
         "pop [rax]",
@@ -186,6 +177,7 @@ pub(crate) unsafe extern "C" fn ng_recovered() {
         ".cfi_restore r15",
         "ret",
         ".cfi_endproc",
+        to_graft = const TO_GRAFT,
         worker = const offset_of!(Graft, worker),
         exceptions = const offset_of!(Worker, guard) + offset_of!(Guard, exceptions),
     );
@@ -242,7 +234,7 @@ pub(crate) struct Info {
     error: i32,
     code: i32,
     pad: i32,
-    address: u64,
+    pub(crate) address: u64,
 }
 
 /// `ucontext_t` up to the flags (arch/x86/include/uapi/asm/ucontext.h,
@@ -252,8 +244,8 @@ pub(crate) struct Context {
     head: [u64; 5],
     /// `r8` to `r15`, `rdi`, `rsi`, `rbp`, `rbx`, `rdx`, `rax`, `rcx`.
     registers: [u64; 15],
-    rsp: Cell<u64>,
-    rip: Cell<u64>,
+    pub(crate) rsp: Cell<u64>,
+    pub(crate) rip: Cell<u64>,
     flags: Cell<u64>,
 }
 
@@ -326,10 +318,8 @@ unsafe fn arm(worker: &Worker) {
     if first {
         // The unwinder sorts tables the first time, which takes memory. Better
         // now than in the face of a crash.
-        let mut walk = Walk::new(core::ptr::null(), 0, 0, 0);
-        // SAFETY: the unwinder is the worker's own; the plan saw to it that
-        // there is one.
-        unsafe { walk.run(worker) };
+        // SAFETY: in ordinary code the unwinder may be called.
+        unsafe { crash::warm_up(worker) };
     }
 }
 
@@ -408,11 +398,16 @@ unsafe fn take(worker: &Worker, signal: c_int, info: &Info, context: &Context) -
     let guard = &worker.guard;
     if info.code <= 0 // sent by somebody
         || sys::thread_pointer() != worker.thread
-        || guard.handling.get() != 0
         || guard.pid.get() != u64::from(sys::process())
         || worker.active.get() == 0
     {
         return false;
+    }
+    if guard.handling.get() != 0 {
+        // Our own, in looking at a stack that is no whole one.
+        context.rsp.set(guard.attempt.get());
+        context.rip.set(crash::ng_gave_up as *const () as u64);
+        return true;
     }
     // SAFETY: the chain links grafts; what is active is never unmapped.
     let graft = unsafe { &*(worker.active.get() as *const Graft) };
@@ -424,30 +419,12 @@ unsafe fn take(worker: &Worker, signal: c_int, info: &Info, context: &Context) -
         return false;
     }
     let (rsp, rip) = (context.rsp.get(), context.rip.get());
-    // SAFETY: the graft's records are the patcher's.
-    unsafe {
-        if !owns(graft, rip) {
-            // A call to where there is no code is the caller's mistake: the
-            // return address is on the stack, and nothing else has happened.
-            if info.address != rip || rsp % 8 != 0 {
-                return false;
-            }
-            let back = *(rsp as *const u64);
-            if !owns(graft, back.wrapping_sub(1)) {
-                return false;
-            }
-            context.rsp.set(rsp + 8);
-            context.rip.set(back - 1);
-        }
-        guard.handling.set(1);
-        let mut walk = Walk::new(graft, context.rip.get(), context.rsp.get(), recovery);
-        walk.run(worker);
-        guard.handling.set(0);
-        if !walk.arrived {
-            context.rsp.set(rsp);
-            context.rip.set(rip);
-            return false;
-        }
+    // SAFETY: the kernel's signal, on our stack, or on one of a handler's that
+    // hands on to us.
+    if !unsafe { crash::is_sound(worker, graft, info, context) } {
+        context.rsp.set(rsp);
+        context.rip.set(rip);
+        return false;
     }
     let at = context.rip.get();
     context.rsp.set(recovery);
@@ -464,94 +441,6 @@ unsafe fn take(worker: &Worker, signal: c_int, info: &Info, context: &Context) -
     graft.state.store(STATE_FAILED, Release);
     shared.crashed.store(signal as u8, Release);
     true
-}
-
-/// Whether an address is in one of a graft's images.
-unsafe fn owns(graft: &Graft, address: u64) -> bool {
-    let modules = graft.modules as *const Module;
-    let mut index = 0;
-    while index < graft.module_count as usize {
-        // SAFETY: the patcher wrote as many records.
-        let range = unsafe { (*modules.add(index)).range };
-        if address.wrapping_sub(range.start) < range.len {
-            return true;
-        }
-        index += 1;
-    }
-    false
-}
-
-/// A walk from where a signal came to the guarded call.
-struct Walk {
-    graft: *const Graft,
-    rip: u64,
-    /// Of the interrupted code, then of the frame that came by last.
-    rsp: u64,
-    recovery: u64,
-    /// The interrupted frame has come by.
-    begun: bool,
-    /// And from there on nothing but the graft's frames up to the call.
-    arrived: bool,
-    /// Frames before it.
-    before: u32,
-}
-
-/// Frames that lie between the unwinder and the interrupted code at most.
-const BEFORE: u32 = 16;
-
-impl Walk {
-    fn new(graft: *const Graft, rip: u64, rsp: u64, recovery: u64) -> Walk {
-        Walk {
-            graft,
-            rip,
-            rsp,
-            recovery,
-            begun: false,
-            arrived: false,
-            before: 0,
-        }
-    }
-
-    /// # Safety
-    /// Where the unwinder may be called.
-    unsafe fn run(&mut self, worker: &Worker) {
-        if worker.has(Import::UnwindBacktrace)
-            && worker.has(Import::UnwindGetCfa)
-            && worker.has(Import::UnwindGetIp)
-        {
-            // SAFETY: as the caller promises.
-            unsafe { worker.unwind_backtrace(step, core::ptr::from_mut(self).cast()) };
-        }
-    }
-}
-
-unsafe extern "C" fn step(frame: *mut c_void, walk: *mut c_void) -> c_int {
-    // SAFETY: `Walk::run` passed the walk, the unwinder its own context.
-    let (walk, ip, sp) = unsafe {
-        let worker = imports::worker();
-        let (ip, sp) = (worker.unwind_get_ip(frame), worker.unwind_get_cfa(frame));
-        (&mut *walk.cast::<Walk>(), ip, sp)
-    };
-    if !walk.begun {
-        walk.begun = ip == walk.rip && sp == walk.rsp;
-        walk.before += 1;
-        // Without a graft it is only for the sake of the tables.
-        let lost = walk.graft.is_null() || walk.before > BEFORE;
-        return if lost { ENOUGH } else { GO_ON };
-    }
-    let guarded = ng_guarded as *const () as u64;
-    if sp == walk.recovery && ip.wrapping_sub(guarded) < GUARDED_LEN {
-        walk.arrived = true;
-        return ENOUGH;
-    }
-    // SAFETY: begun, so there is a graft.
-    let own = unsafe { owns(&*walk.graft, ip.wrapping_sub(1)) };
-    // Always upwards: wrong tables must not lead it in circles.
-    if !own || sp <= walk.rsp || sp > walk.recovery {
-        return ENOUGH;
-    }
-    walk.rsp = sp;
-    GO_ON
 }
 
 /// Has the kernel do what it would have done without us.

@@ -95,7 +95,7 @@ imports! {
     /// `_Unwind_SetIP`.
     unwind_set_ip: UnwindSetIp(context: *mut c_void, address: u64);
     /// `_Unwind_Backtrace`.
-    unwind_backtrace: UnwindBacktrace(step: crate::guard::Step, argument: *mut c_void) -> c_int;
+    unwind_backtrace: UnwindBacktrace(step: crate::crash::Step, argument: *mut c_void) -> c_int;
     /// `_Unwind_GetIP`.
     unwind_get_ip: UnwindGetIp(context: *mut c_void) -> u64;
     /// `_Unwind_GetCFA`.

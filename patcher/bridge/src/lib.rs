@@ -34,6 +34,7 @@
 pub mod abi;
 pub mod arena;
 pub mod call;
+mod crash;
 pub mod dl;
 pub mod entry;
 pub mod environment;

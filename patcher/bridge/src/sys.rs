@@ -147,6 +147,30 @@ pub(crate) unsafe fn alternate_stack(start: u64, len: u64) -> bool {
     }
 }
 
+/// No alternate stack, as [`exchange_alternate_stack`] takes it.
+pub(crate) const NO_STACK: [u64; 3] = [0, 2, 0];
+
+/// `sigaltstack`; whether it was done.
+///
+/// # Safety
+/// The new one is the thread's to use.
+pub(crate) unsafe fn exchange_alternate_stack(new: &[u64; 3], old: &mut [u64; 3]) -> bool {
+    // SAFETY: `stack_t` is an address, flags and a length.
+    unsafe { call(131, [new.as_ptr() as u64, old.as_mut_ptr() as u64, 0, 0]) == 0 }
+}
+
+/// `rt_sigprocmask(SIG_BLOCK)`.
+pub(crate) fn block(mask: u64) {
+    // SAFETY: reads the mask.
+    unsafe { call(14, [0, &raw const mask as u64, 0, 8]) };
+}
+
+/// `rt_sigprocmask(SIG_UNBLOCK)`.
+pub(crate) fn unblock(mask: u64) {
+    // SAFETY: as above.
+    unsafe { call(14, [1, &raw const mask as u64, 0, 8]) };
+}
+
 /// `mprotect(start, len, PROT_NONE)`.
 ///
 /// # Safety

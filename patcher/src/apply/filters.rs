@@ -115,6 +115,8 @@ fn guard_calls(pid: i32) -> Vec<Call> {
     }
     all.extend([
         (libc::SYS_sigaltstack, [page, page, 0, 0, 0, 0]),
+        (libc::SYS_rt_sigprocmask, [0, page, 0, 8, 0, 0]),
+        (libc::SYS_rt_sigprocmask, [1, page, 0, 8, 0, 0]),
         (libc::SYS_mprotect, [page, PAGE, 0, 0, 0, 0]),
         (libc::SYS_getpid, [0; 6]),
         (libc::SYS_gettid, [0; 6]),

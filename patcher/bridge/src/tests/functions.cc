@@ -107,6 +107,7 @@ void thrower(void) { throw Thrown(); }
 static volatile int zero;
 static char *volatile nowhere;
 static void (*volatile target)();
+void ***recovery; // where the bridge keeps its stack pointer
 
 static int compare(const void *, const void *) { return *nowhere; }
 
@@ -127,6 +128,14 @@ struct Crashes {
 
 // Whether this thread catches or throws anything.
 int exceptions() { return (std::current_exception() != nullptr) + 2 * std::uncaught_exceptions(); }
+
+// Its frame is known by rbp alone, and that is gone.
+__attribute__((noinline)) static int loses_its_frame(size_t len) {
+    volatile char *room = (volatile char *)__builtin_alloca(len + 16);
+    room[0] = 0;
+    asm volatile("mov $0x10, %%ebp; ud2" ::: "memory");
+    return room[0];
+}
 
 int crashing(void *handle, const char *input, size_t len) {
     append(handle, input, len);
@@ -168,6 +177,8 @@ int crashing(void *handle, const char *input, size_t len) {
         break;
     }
     case 'D': try { Crashes crashes; throw 1; } catch (int) {} break;
+    case 'g': (*recovery)[2] = nullptr; *nowhere = 1; break;
+    case 'r': return loses_its_frame(len);
     case 'c': try { throw 1; } catch (int) { *nowhere = 1; } break;
     }
     return 0;

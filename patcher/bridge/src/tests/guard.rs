@@ -255,6 +255,20 @@ fn what_cannot_be_left_soundly_ends_the_worker_with_the_same_signal() {
         (libc::SIGILL, 0),
         "from there nothing leads to the call"
     );
+    let recovery = world.graft.recovery.as_ptr() as u64;
+    // SAFETY: the library's variable.
+    unsafe { (functions().get("recovery") as *mut u64).write(recovery) };
+    assert_eq!(dies("g"), segv, "it has written over what was kept");
+    // The unwinder faults: still it is the callee's signal, and a handler's.
+    assert_eq!(dies("r"), (libc::SIGILL, 0));
+    let handled = ends(|| {
+        by_default(&world);
+        // SAFETY: a handler of the test's.
+        unsafe { libc::signal(libc::SIGILL, says_77 as *const () as usize) };
+        assert_eq!(call("a").0, 0);
+        call("r").0
+    });
+    assert_eq!(handled, (0, 77));
     // And what is recovered there is, so that the above says something.
     assert_eq!(dies("0"), (0, 255));
     // The caller's own code; and the callee's, but in no call of it.
