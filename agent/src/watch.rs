@@ -39,6 +39,9 @@ const SCAN_LIMIT: Duration = Duration::from_secs(20);
 /// How often workers with guarded edges are looked at.
 const LOOK: Duration = Duration::from_millis(200);
 
+/// Crashes of one worker that are believed: as many as it can hold callees.
+const MOST_CRASHES: usize = 64;
+
 /// The watch, as requests see it.
 #[derive(Debug, Default)]
 pub struct Watch {
@@ -57,6 +60,8 @@ struct Watched {
     engine: Option<i32>,
     /// Some of its edges are guarded.
     guarded: bool,
+    /// Crashes that it said it outlived.
+    crashes: usize,
 }
 
 impl Watched {
@@ -122,6 +127,7 @@ impl Watch {
                     caller: caller.to_owned(),
                     engine,
                     guarded: false,
+                    crashes: 0,
                 };
                 let queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
                 if queue.send(watched).is_ok() {
@@ -185,7 +191,7 @@ fn run(watch: &Watch, arrivals: &Receiver<Watched>, grafter: &dyn Grafter, proc_
             all.extend(arrivals.try_iter());
             all.iter_mut().for_each(|one| one.refresh(grafter));
         }
-        for one in all.iter().filter(|one| one.guarded) {
+        for one in all.iter_mut().filter(|one| one.guarded) {
             outlived(watch, one, grafter, proc_root);
         }
         let dead: Vec<Watched> = dead;
@@ -229,7 +235,11 @@ fn bury(watch: &Watch, one: &Watched, grafter: &dyn Grafter, proc_root: &ProcRoo
 }
 
 /// What is to be done about a worker in which a guarded call crashed.
-fn outlived(watch: &Watch, one: &Watched, grafter: &dyn Grafter, proc_root: &ProcRoot) {
+fn outlived(watch: &Watch, one: &mut Watched, grafter: &dyn Grafter, proc_root: &ProcRoot) {
+    // What it says it says itself: it may not fill the list.
+    if one.crashes == MOST_CRASHES {
+        return;
+    }
     let crashed = match one.held.crashed() {
         Ok(crashed) => crashed,
         // It has ended, which is seen elsewhere.
@@ -251,6 +261,7 @@ fn outlived(watch: &Watch, one: &Watched, grafter: &dyn Grafter, proc_root: &Pro
         if !matches!(one.held.crashed(), Ok(still) if still.contains(&callee)) {
             continue;
         }
+        one.crashes += 1;
         let all = vec![callee.clone()];
         quarantine(watch, one, callee, how, all, grafter, proc_root);
     }

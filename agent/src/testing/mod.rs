@@ -347,6 +347,11 @@ impl Grafter for FakeGrafter {
         self.with(worker.pid, |fake| Ok(Some(fake.build_id.clone())))
     }
 
+    fn forget_crash(&self, caller: &Target, callee_name: &str) -> Result<(), GraftError> {
+        self.note(format!("forget {callee_name} in {}", caller.pid));
+        Ok(())
+    }
+
     fn set_gate(&self, caller: &Target, callee_name: &str, on: bool) -> Result<(), GraftError> {
         self.note(format!("gate {} {on}", caller.pid));
         self.with(caller.pid, |worker| {
