@@ -149,9 +149,9 @@ fn library(name: &str) -> Result<PathBuf> {
     fixtures::compile(name, Compiler::Gcc, &["-O2"])
 }
 
-fn node(foo: PathBuf, workers: u16) -> Result<Node> {
+fn node(caller: PathBuf, workers: u16) -> Result<Node> {
     Node::start(NodeSpec::new([
-        FunctionSpec::new("Foo", 1, foo).workers(workers, workers),
+        FunctionSpec::new("Foo", 1, caller).workers(workers, workers),
         FunctionSpec::new("Bar", 2, text("crashbar", BAR)?),
     ]))
 }
