@@ -65,12 +65,16 @@ pub fn judge(before: &EdgeCounters, now: Option<&GraftStatus>, at_bound: bool) -
     let Some(now) = now else {
         return Judgement::Failed("nothing of the patch is there when read back".to_owned());
     };
-    if now.state == CalleeState::Failed {
+    if let CalleeState::Failed | CalleeState::Crashed = now.state {
         let why = now
             .failure
             .as_deref()
             .unwrap_or("for a reason that it did not give");
-        return Judgement::Failed(format!("{} failed to initialise: {why}", now.callee));
+        let what = match now.state {
+            CalleeState::Crashed => "crashed",
+            _ => "failed to initialise",
+        };
+        return Judgement::Failed(format!("{} {what}: {why}", now.callee));
     }
     if !now.windows_in_place {
         return Judgement::Failed("the windows are not in place when read back".to_owned());
@@ -306,7 +310,7 @@ fn proof(worker: &Watched, now: Option<&GraftStatus>, elapsed: Duration) -> Proo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::grafter::RpcReasons;
+    use crate::grafter::{GuardState, RpcReasons};
 
     fn reading(state: CalleeState, fused: u64, not_ready: u64) -> GraftStatus {
         GraftStatus {
@@ -316,6 +320,7 @@ mod tests {
             windows_in_place: true,
             state,
             failure: None,
+            guard: GuardState::None,
             sites: vec![0x1000],
             routine: false,
             seen: Vec::new(),

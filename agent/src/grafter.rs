@@ -8,7 +8,8 @@
 //!   worker. Only the driver's thread calls them, one at a time, always the same
 //!   OS thread (a tracee belongs to the thread that seized it).
 //! * [`Grafter::explain`], [`Grafter::status`], [`Grafter::build_id`],
-//!   [`Grafter::hold`] only read, and [`Grafter::set_gate`] stores one byte. Any
+//!   [`Grafter::hold`] only read, and [`Grafter::set_gate`] and
+//!   [`Grafter::forget_crash`] store one byte. Any
 //!   thread may call them, also while a worker is being changed.
 
 use std::path::PathBuf;
@@ -17,10 +18,11 @@ use std::time::Duration;
 pub use nightgraft_patcher::Refused;
 pub use nightgraft_patcher::effects::{Allowance, Effect};
 pub use nightgraft_patcher::held::Held;
+pub use nightgraft_patcher::plan::Wanted;
 pub use nightgraft_patcher::recover::{Recovered, Verdict};
 pub use nightgraft_patcher::report::{
-    CalleeState, Disturbed, EdgeCounters, GraftStatus, PatchReceipt, RevertReceipt, RpcReasons,
-    SiteProof, WorkerStatus,
+    CalleeState, Disturbed, EdgeCounters, GraftStatus, GuardState, PatchReceipt, RevertReceipt,
+    RpcReasons, SignalsBack, SiteProof, WorkerStatus,
 };
 
 pub use crate::claim::Claim;
@@ -105,7 +107,7 @@ fn holder_text(holder: &Option<i32>) -> String {
 /// Fuses, un-fuses and reads workers.
 pub trait Grafter: Send + Sync {
     /// Plans the fusing of `callee` into `caller` and touches neither. The plan
-    /// tells which effects are not `allowed`, and is made all the same.
+    /// tells which effects are not allowed, and is made all the same.
     ///
     /// # Errors
     /// [`GraftError::Refused`] where the edge can't be fused right; else what
@@ -115,12 +117,12 @@ pub trait Grafter: Send + Sync {
         caller: &Target,
         callee: &Target,
         callee_name: &str,
-        allowed: Allowance,
+        wanted: Wanted,
     ) -> Result<Explained, GraftError>;
 
     /// Fuses `callee` into `caller`. An edge that is fused already is left as
     /// it is, and the receipt says so ([`PatchReceipt::already`]). A callee
-    /// that shows guarded effects which are not `allowed` is refused.
+    /// that shows guarded effects which are not allowed is refused.
     ///
     /// # Errors
     /// Any [`GraftError`]; the worker then runs its original code.
@@ -129,7 +131,7 @@ pub trait Grafter: Send + Sync {
         caller: &Target,
         callee: &Target,
         callee_name: &str,
-        allowed: Allowance,
+        wanted: Wanted,
     ) -> Result<PatchReceipt, GraftError>;
 
     /// Un-fuses an edge: the gate at once, the bytes when no thread is inside.
@@ -168,6 +170,15 @@ pub trait Grafter: Send + Sync {
     /// As [`Grafter::status`]; [`GraftError::Failed`] where the edge is not
     /// there.
     fn set_gate(&self, caller: &Target, callee_name: &str, on: bool) -> Result<(), GraftError>;
+
+    /// Forgets that an edge crashed, so that the next crash is seen. Stops
+    /// nobody; an edge that is not there is no error.
+    ///
+    /// # Errors
+    /// As [`Grafter::status`].
+    fn forget_crash(&self, _caller: &Target, _callee_name: &str) -> Result<(), GraftError> {
+        Ok(())
+    }
 
     /// Lets go of memory that was kept for later and that nobody has used for
     /// a while; called now and then.

@@ -15,8 +15,8 @@ use nightgraft_patcher::snapshot::SnapshotError;
 
 use crate::claim::{self, Claim};
 use crate::grafter::{
-    Allowance, Explained, GraftError, Grafter, Held, PatchReceipt, Recovered, RevertReceipt,
-    Target, WorkerStatus,
+    Explained, GraftError, Grafter, Held, PatchReceipt, Recovered, RevertReceipt, Target, Wanted,
+    WorkerStatus,
 };
 use crate::journal::Disk;
 
@@ -62,13 +62,13 @@ impl Grafter for Live {
         caller: &Target,
         callee: &Target,
         callee_name: &str,
-        allowed: Allowance,
+        wanted: Wanted,
     ) -> Result<Explained, GraftError> {
         let plan = session::explain(
             function(caller),
             function(callee),
             callee_name,
-            allowed,
+            wanted,
             &self.analyses,
         )
         .map_err(|failure| failed(failure, &[caller, callee]))?;
@@ -91,13 +91,13 @@ impl Grafter for Live {
         caller: &Target,
         callee: &Target,
         callee_name: &str,
-        allowed: Allowance,
+        wanted: Wanted,
     ) -> Result<PatchReceipt, GraftError> {
         session::patch(
             function(caller),
             function(callee),
             callee_name,
-            allowed,
+            wanted,
             &self.analyses,
             &self.limits,
             &*self.journal,
@@ -148,6 +148,11 @@ impl Grafter for Live {
             ))),
             Err(failure) => Err(failed(failure, &[caller])),
         }
+    }
+
+    fn forget_crash(&self, caller: &Target, callee_name: &str) -> Result<(), GraftError> {
+        session::forget_crash(function(caller), callee_name)
+            .map_err(|failure| failed(failure, &[caller]))
     }
 
     fn claim(&self, workers: &[Target]) -> Result<Claim, GraftError> {

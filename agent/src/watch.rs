@@ -4,8 +4,11 @@
 //!  patched ──► held: pidfd, counters ──(it ends)──► what ran? ──┬─ nothing: forgotten
 //!                                                               ├─ ended from outside: logged
 //!                                                               └─ a callee: quarantined,
-//!                                                                  gates off in all workers
+//!              (it lives, and a guarded call crashed) ───────────────┘  gates off in all workers
 //! ```
+//!
+//! A crash that a guard kept from the worker shows in its counters alone: workers
+//! with a guarded edge are looked at some times a second.
 //!
 //! One thread waits for all pidfds. It turns gates off itself, which stops
 //! nobody and takes microseconds: the driver may be watching a canary for a
@@ -27,11 +30,17 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::api::Quarantined;
 use crate::discover::{Node, ProcRoot, Worker, scan_within};
-use crate::grafter::{GraftError, Grafter, Target};
+use crate::grafter::{GraftError, Grafter, GuardState, Target};
 use crate::quarantine::Quarantine;
 
 /// How long the search for workers may take; it takes milliseconds.
 const SCAN_LIMIT: Duration = Duration::from_secs(20);
+
+/// How often workers with guarded edges are looked at.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Crashes of one worker that are believed: as many as it can hold callees.
+const MOST_CRASHES: usize = 64;
 
 /// The watch, as requests see it.
 #[derive(Debug, Default)]
@@ -46,8 +55,23 @@ pub struct Watch {
 #[derive(Debug)]
 struct Watched {
     held: Held,
+    target: Target,
     caller: String,
     engine: Option<i32>,
+    /// Some of its edges are guarded.
+    guarded: bool,
+    /// Crashes that it said it outlived.
+    crashes: usize,
+}
+
+impl Watched {
+    /// Looks again whether some edge is guarded: that changes with patches.
+    fn refresh(&mut self, grafter: &dyn Grafter) {
+        if let Ok(status) = grafter.status(&self.target) {
+            let mut grafts = status.iter().flat_map(|status| &status.grafts);
+            self.guarded = grafts.any(|graft| graft.guard != GuardState::None);
+        }
+    }
 }
 
 impl Watch {
@@ -85,6 +109,7 @@ impl Watch {
         };
         let key = (target.pid, target.start_time);
         if !self.known().insert(key) {
+            let _ = wake.write(1);
             return;
         }
         match grafter.hold(target) {
@@ -98,8 +123,11 @@ impl Watch {
                 }
                 let watched = Watched {
                     held,
+                    target: target.clone(),
                     caller: caller.to_owned(),
                     engine,
+                    guarded: false,
+                    crashes: 0,
                 };
                 let queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
                 if queue.send(watched).is_ok() {
@@ -141,7 +169,11 @@ fn run(watch: &Watch, arrivals: &Receiver<Watched>, grafter: &dyn Grafter, proc_
         let pidfds: Vec<_> = all.iter().map(|watched| watched.held.pidfd()).collect();
         let of = |fd| PollFd::new(fd, PollFlags::POLLIN);
         fds.extend(pidfds.iter().map(|fd| of(fd.as_fd())));
-        if let Err(error) = poll(&mut fds, PollTimeout::NONE)
+        let timeout = match all.iter().any(|one| one.guarded) {
+            true => PollTimeout::try_from(LOOK).unwrap_or(PollTimeout::MAX),
+            false => PollTimeout::NONE,
+        };
+        if let Err(error) = poll(&mut fds, timeout)
             && error != nix::errno::Errno::EINTR
         {
             tracing::error!(%error, "workers are watched no more");
@@ -157,6 +189,10 @@ fn run(watch: &Watch, arrivals: &Receiver<Watched>, grafter: &dyn Grafter, proc_
         if ready[0] {
             let _ = wake.read();
             all.extend(arrivals.try_iter());
+            all.iter_mut().for_each(|one| one.refresh(grafter));
+        }
+        for one in all.iter_mut().filter(|one| one.guarded) {
+            outlived(watch, one, grafter, proc_root);
         }
         let dead: Vec<Watched> = dead;
         for one in dead {
@@ -193,29 +229,76 @@ fn bury(watch: &Watch, one: &Watched, grafter: &dyn Grafter, proc_root: &ProcRoo
             );
             continue;
         }
-        let edge = Quarantined {
-            caller: caller.clone(),
-            callee,
-            engine: one.engine,
-            pid,
-            how: format!("{end} while {what}"),
-            in_flight: all.clone(),
-            since: SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |since| since.as_secs()),
-        };
-        tracing::error!(
-            pid,
-            caller,
-            callee = edge.callee,
-            how = edge.how,
-            "quarantined: it is not fused again until `agentctl unquarantine`"
-        );
-        watch.quarantine.add(edge.clone());
-        match scan_within(proc_root, SCAN_LIMIT) {
-            Ok(node) => close(grafter, &node, &edge),
-            Err(error) => tracing::error!(%error, "its gates in other workers are still on"),
+        let how = format!("{end} while {what}");
+        quarantine(watch, one, callee, how, all.clone(), grafter, proc_root);
+    }
+}
+
+/// What is to be done about a worker in which a guarded call crashed.
+fn outlived(watch: &Watch, one: &mut Watched, grafter: &dyn Grafter, proc_root: &ProcRoot) {
+    // What it says it says itself: it may not fill the list.
+    if one.crashes == MOST_CRASHES {
+        return;
+    }
+    let crashed = match one.held.crashed() {
+        Ok(crashed) => crashed,
+        // It has ended, which is seen elsewhere.
+        Err(_) => return,
+    };
+    for callee in crashed {
+        let known = watch.quarantine.find(one.engine, &one.caller, &callee);
+        if known.is_some() {
+            continue;
         }
+        let status = grafter.status(&one.target).ok().flatten();
+        let graft = status.and_then(|s| s.grafts.into_iter().find(|g| g.callee == callee));
+        let why = graft.and_then(|graft| graft.failure);
+        let how = format!(
+            "outlived a crash: {}",
+            why.unwrap_or_else(|| "a guarded call of it raised a signal".to_owned())
+        );
+        // Somebody may be lifting the quarantine of this very crash.
+        if !matches!(one.held.crashed(), Ok(still) if still.contains(&callee)) {
+            continue;
+        }
+        one.crashes += 1;
+        let all = vec![callee.clone()];
+        quarantine(watch, one, callee, how, all, grafter, proc_root);
+    }
+}
+
+/// Quarantines an edge and turns its gates off.
+fn quarantine(
+    watch: &Watch,
+    one: &Watched,
+    callee: String,
+    how: String,
+    in_flight: Vec<String>,
+    grafter: &dyn Grafter,
+    proc_root: &ProcRoot,
+) {
+    let edge = Quarantined {
+        caller: one.caller.clone(),
+        callee,
+        engine: one.engine,
+        pid: one.held.pid(),
+        how,
+        in_flight,
+        since: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs()),
+    };
+    tracing::error!(
+        pid = edge.pid,
+        caller = edge.caller,
+        callee = edge.callee,
+        how = edge.how,
+        "quarantined: it is not fused again until `agentctl unquarantine`"
+    );
+    watch.quarantine.add(edge.clone());
+    match scan_within(proc_root, SCAN_LIMIT) {
+        Ok(node) => close(grafter, &node, &edge),
+        Err(error) => tracing::error!(%error, "its gates in other workers are still on"),
     }
 }
 

@@ -12,7 +12,7 @@ use crate::elf::Image;
 use crate::journal::Entry;
 use crate::load;
 use crate::manifest::{self, Manifest, Present};
-use crate::plan::{self, Input};
+use crate::plan::{self, Input, Wanted};
 use crate::recover::{self, Evidence, Found, Side};
 use crate::refused::Refused;
 use crate::room::AddressRoom;
@@ -98,7 +98,10 @@ pub fn plan(caller: &Worker, file: &[u8]) -> Result<(), Refused> {
         longest_window: 4096,
         invoke: &invoke,
         live: &Silent,
-        allowed: Allowance::all(),
+        wanted: Wanted {
+            allowed: Allowance::all(),
+            guard: file.len() % 2 == 1,
+        },
         analyses: &ANALYSES,
     };
     let plan = plan::plan(&input)?;
@@ -179,7 +182,9 @@ pub fn record(text: &[u8], memory: &[u8]) {
         (0x20_0000, ours),
         (0x40_0000, vec![0x90; 0x1000]),
     ]);
-    let _ = manifest::in_flight(7, 99, &Bytes(vec![(0, area)]));
+    let alone = Bytes(vec![(0, area)]);
+    let _ = manifest::in_flight(7, 99, &alone);
+    let _ = manifest::crashed(7, 99, &alone);
     if let Ok(Some(present)) = manifest::find(7, 99, &maps, &memory) {
         let _ = status(&present, &memory);
         for graft in &present.manifest.grafts {

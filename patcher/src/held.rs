@@ -3,7 +3,8 @@
 //! The control area is a memfd. Whoever holds it can read it when the worker is
 //! gone, and see which callee's code was running: a call that was entered and
 //! has not returned, or initialisers that have not ended. What a thread of the
-//! callee's own does is not counted: its crash is nobody's in particular.
+//! callee's own does is not counted: its crash is nobody's in particular. While
+//! the worker lives, the area tells of guarded calls that crashed.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 use ptrace_shim::Process;
 
 use crate::manifest::{self, InFlight};
-use crate::snapshot::{Map, Memory, SnapshotError};
+use crate::snapshot::{Map, Memory, ProcMemory, SnapshotError};
 
 /// How long is waited for a dead process to be reaped, which some kernels need
 /// to tell how it ended, and for its parent to show that it dies as well.
@@ -26,6 +27,8 @@ pub struct Held {
     /// What started it: nightcore's launcher.
     parent: Option<Process>,
     control: Option<File>,
+    /// The live address of the control area.
+    at: Option<u64>,
 }
 
 /// How a worker ended.
@@ -79,6 +82,7 @@ impl Held {
                 .ok()
                 .and_then(|parent| Process::open(parent).ok()),
             control: control.or_else(by_map),
+            at: area.map(|area| area.start),
             process,
         }
     }
@@ -105,6 +109,24 @@ impl Held {
     #[must_use]
     pub fn sees_calls(&self) -> bool {
         self.control.is_some()
+    }
+
+    /// Callees that crashed in a guarded call, with the way to each (`Bar/Baz`).
+    /// Nobody is stopped; of a worker whose counters are not held its memory is
+    /// read.
+    ///
+    /// # Errors
+    /// It cannot be read, as when the worker has ended.
+    pub fn crashed(&self) -> Result<Vec<String>, SnapshotError> {
+        let (pid, start_time) = (self.pid(), self.start_time());
+        match (&self.control, self.at) {
+            (Some(control), _) => manifest::crashed(pid, start_time, &Area(control)),
+            (None, Some(base)) => {
+                let memory = ProcMemory::open(pid)?;
+                manifest::crashed(pid, start_time, &Shifted { memory, base })
+            }
+            (None, None) => Ok(Vec::new()),
+        }
     }
 
     /// What is known, once it has ended. Waits for a moment.
@@ -161,6 +183,18 @@ impl Memory for Area<'_> {
                 what: format!("{} bytes of counters at {address:#x}", into.len()),
                 source,
             })
+    }
+}
+
+/// The same in the living worker's memory.
+struct Shifted {
+    memory: ProcMemory,
+    base: u64,
+}
+
+impl Memory for Shifted {
+    fn read(&self, address: u64, into: &mut [u8]) -> Result<(), SnapshotError> {
+        self.memory.read(self.base.wrapping_add(address), into)
     }
 }
 

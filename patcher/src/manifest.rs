@@ -18,6 +18,7 @@ use nightgraft_bridge::abi::{
 use serde::{Deserialize, Serialize};
 
 use crate::code::Seen;
+use crate::plan::GUARDED;
 use crate::refused::Refused;
 use crate::snapshot::{Map, Memory, SnapshotError};
 
@@ -156,6 +157,9 @@ pub struct GraftRecord {
     pub library: String,
     /// The graft's structure, live.
     pub graft: u64,
+    /// Its image's `faas_func_call`, live.
+    #[serde(default)]
+    pub call: u64,
     /// Index of its gate and counters.
     pub index: usize,
     /// Its place in the bridge's table of grafts.
@@ -277,6 +281,10 @@ pub struct Present {
     pub states: Vec<u8>,
     /// Per graft of the record: its gate.
     pub gates: Vec<bool>,
+    /// Per graft of the record: whether its calls are guarded.
+    pub guards: Vec<bool>,
+    /// Whether the guard has taken over actions of signals.
+    pub armed: bool,
     /// Calls that came through the entry of the worker's own routine.
     pub seen: Vec<SeenCall>,
 }
@@ -367,11 +375,7 @@ pub fn in_flight(
     start_time: u64,
     area: &dyn Memory,
 ) -> Result<Vec<InFlight>, SnapshotError> {
-    let whole = Map {
-        end: size_of::<Control>().next_multiple_of(4096) as u64,
-        ..Map::default()
-    };
-    let Area::Record(manifest, _) = read_record(pid, start_time, &whole, area)? else {
+    let Area::Record(manifest, _) = read_record(pid, start_time, &whole(), area)? else {
         return Ok(Vec::new());
     };
     let mut found = Vec::new();
@@ -392,6 +396,39 @@ pub fn in_flight(
     }
     found.sort_by_key(|one| one.callee.matches('/').count());
     Ok(found)
+}
+
+/// Callees that crashed in a guarded call and whose edges nobody has looked at
+/// since; as for [`in_flight`].
+///
+/// # Errors
+/// The area cannot be read.
+pub fn crashed(pid: i32, start_time: u64, area: &dyn Memory) -> Result<Vec<String>, SnapshotError> {
+    const EDGE: usize = size_of::<abi::SharedEdge>();
+    let mut edges = vec![0; EDGE * abi::MAX_GRAFTS];
+    area.read(offset_of!(Control, edges) as u64, &mut edges)?;
+    let crashed = |index: usize| {
+        let at = index * EDGE + offset_of!(abi::SharedEdge, crashed);
+        edges.get(at).is_some_and(|byte| *byte != 0)
+    };
+    // Looked at some times a second: the record is read only where it matters.
+    if !(0..abi::MAX_GRAFTS).any(crashed) {
+        return Ok(Vec::new());
+    }
+    let Area::Record(manifest, _) = read_record(pid, start_time, &whole(), area)? else {
+        return Ok(Vec::new());
+    };
+    let grafts = manifest.grafts.into_iter();
+    let found = grafts.filter(|g| !g.replaced && crashed(g.index));
+    Ok(found.map(|g| g.callee).collect())
+}
+
+/// A control area at 0.
+fn whole() -> Map {
+    Map {
+        end: size_of::<Control>().next_multiple_of(4096) as u64,
+        ..Map::default()
+    }
 }
 
 /// What one control area holds.
@@ -487,13 +524,16 @@ fn present(
         }
         live.push(bytes);
     }
-    let (mut states, mut gates) = (Vec::new(), Vec::new());
+    let (mut states, mut gates, mut guards) = (Vec::new(), Vec::new(), Vec::new());
+    let guarded = manifest.bridge.exports.get(GUARDED);
     for graft in &manifest.grafts {
         let mut byte = [0];
         memory.read(graft.graft + offset_of!(Graft, state) as u64, &mut byte)?;
         states.push(byte[0]);
         memory.read(manifest.gate(graft), &mut byte)?;
         gates.push(byte[0] != 0);
+        let call = memory.u64(graft.graft + offset_of!(Graft, call) as u64)?;
+        guards.push(guarded == Some(&call));
     }
     let seen = if manifest.windows.iter().any(|w| w.routine) {
         seen_calls(control, memory)?
@@ -501,13 +541,23 @@ fn present(
         Vec::new()
     };
     Ok(Present {
+        states,
+        gates,
+        armed: armed(&manifest, memory)?,
+        guards,
+        seen,
         manifest,
         slot,
         live,
-        states,
-        gates,
-        seen,
     })
+}
+
+/// Whether the guard has taken over actions of signals.
+fn armed(manifest: &Manifest, memory: &dyn Memory) -> Result<bool, SnapshotError> {
+    let mut ours = [0; abi::GUARDED_SIGNALS.len()];
+    let guard = manifest.worker + offset_of!(abi::Worker, guard) as u64;
+    memory.read(guard + offset_of!(abi::Guard, ours) as u64, &mut ours)?;
+    Ok(ours.contains(&abi::ACTION_OURS))
 }
 
 /// The table of calls that the bridge keeps.
@@ -624,7 +674,8 @@ fn check(manifest: &Manifest, control: u64, maps: &[Map]) -> Result<(), String> 
         }
     }
     for g in &manifest.grafts {
-        if g.index.max(g.slot) >= abi::MAX_GRAFTS || !ours(g.graft, size_of::<Graft>() as u64) {
+        let sane = g.index.max(g.slot) < abi::MAX_GRAFTS && ours(g.call, 1);
+        if !sane || !ours(g.graft, size_of::<Graft>() as u64) {
             return Err(format!(
                 "a record of {} at {:#x}, which is not ours",
                 g.callee, g.graft
@@ -728,7 +779,10 @@ mod tests {
                 enter: 0x20_8000,
                 hook: 0x20_8100,
                 routine: 0x20_8180,
-                exports: BTreeMap::from([("ng_getenv".into(), 0x20_8200)]),
+                exports: BTreeMap::from([
+                    ("ng_getenv".into(), 0x20_8200),
+                    (GUARDED.into(), 0x20_8300),
+                ]),
             },
             regions: vec![Region {
                 start: 0x20_0000,
@@ -752,6 +806,7 @@ mod tests {
                 parent: 0,
                 library: "/functions/libbar.so".into(),
                 graft: 0x20_5000,
+                call: 0x20_a010,
                 index: 0,
                 slot: 0,
                 image: Region {
@@ -790,6 +845,7 @@ mod tests {
         m.put(0x10_000c, &[2, 0, 0, 0]);
         m.put(slot_address(0x10_0000, 2), &manifest.encode().unwrap());
         m.put(0x40_0010, &manifest.windows[0].after);
+        m.put(0x20_0000, &[0; size_of::<abi::Worker>()]);
         m.put(0x20_5000, &[0; 256]);
         m.put(manifest.gate(&manifest.grafts[0]), &[1]);
         m
@@ -802,6 +858,19 @@ mod tests {
         assert_eq!(found.manifest, written);
         assert!(found.in_place(0));
         assert_eq!((found.slot, found.gates), (2, vec![true]));
+    }
+
+    #[test]
+    fn whether_calls_are_guarded_is_told_by_what_they_call() {
+        let written = manifest();
+        let mut m = memory(&written);
+        let found = find(7, 99, &maps(), &m).unwrap().unwrap();
+        assert_eq!((found.guards, found.armed), (vec![false], false));
+        m.put_u64(0x20_5000 + offset_of!(Graft, call) as u64, 0x20_8300);
+        let ours = offset_of!(abi::Worker, guard) + offset_of!(abi::Guard, ours);
+        m.put(0x20_0000 + ours as u64 + 3, &[abi::ACTION_OURS]);
+        let found = find(7, 99, &maps(), &m).unwrap().unwrap();
+        assert_eq!((found.guards, found.armed), (vec![true], true));
     }
 
     #[test]

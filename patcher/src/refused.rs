@@ -244,6 +244,14 @@ refusals! {
         flag: String,
     } = "effects", "fused, {library} would use the caller's, which nobody allowed: {seen}",
         "if that may be the caller's, patch with --allow-effects {flag}, or have allow-effects say so for the edge in the agent's configuration";
+    /// A crash of the callee's could not be kept from the caller.
+    NoGuard {
+        /// The library that is in the way.
+        library: String,
+        /// Why.
+        reason: String,
+    } = "no-guard", "calls of {library} cannot be guarded: {reason}",
+        "patch without --guard: a crash of the callee is then one of its caller";
     /// A relocation that is not supported.
     UnsupportedRelocation {
         /// The callee's library.

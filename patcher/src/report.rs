@@ -18,6 +18,26 @@ pub enum CalleeState {
     Ready,
     /// Its initialisers failed or overran their deadline; calls take the RPC.
     Failed,
+    /// It crashed in a guarded call; calls take the RPC, and this image is never
+    /// called again.
+    Crashed,
+}
+
+/// What keeps a worker from a crash of one callee.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GuardState {
+    /// Nothing: nobody asked for it.
+    #[default]
+    None,
+    /// It begins with the next call.
+    Waiting,
+    /// The signals come to the guard first.
+    On,
+    /// It is off: the worker has taken one of the signals for itself since.
+    Taken,
+    /// It is off: the kernel gave it no memory, or none of the signals.
+    Denied,
 }
 
 /// Why calls that passed a site took the RPC, counted.
@@ -78,8 +98,12 @@ pub struct GraftStatus {
     pub windows_in_place: bool,
     /// The callee's state.
     pub state: CalleeState,
-    /// What the callee's initialisers returned or did when they failed.
+    /// What the callee's initialisers returned or did when they failed, or the
+    /// crash that a guarded call ended with.
     pub failure: Option<String>,
+    /// What keeps the worker from a crash of it.
+    #[serde(default)]
+    pub guard: GuardState,
     /// Addresses of the sites in the worker.
     pub sites: Vec<u64>,
     /// Whether the entry of the worker's own routine leads to it as well.
@@ -158,6 +182,20 @@ pub struct PatchReceipt {
     pub journal: Option<String>,
 }
 
+/// What became of a guard's signals when the last guarded edge was reverted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SignalsBack {
+    /// Each has the action that it had before; what the worker has changed
+    /// since was left alone.
+    GivenBack,
+    /// A guarded call was under way: the guard stays, and passes on all that is
+    /// not the callee's. The next revert tries again.
+    CallUnderWay,
+    /// The thread could not be borrowed, or a call was denied: as above.
+    NotReached,
+}
+
 /// What a revert did to one worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RevertReceipt {
@@ -176,6 +214,10 @@ pub struct RevertReceipt {
     pub stops_ns: Vec<u64>,
     /// Threads that may have seen a stop.
     pub disturbed: Vec<Disturbed>,
+    /// What became of the signals that the guard had taken over; `None` where
+    /// that does not matter: it had none, or others are guarded still.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signals: Option<SignalsBack>,
     /// Why the journal does not know of the revert; `None` where it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub journal: Option<String>,

@@ -1,17 +1,19 @@
 //! The way from two pids to a fused edge, in one place: read, plan, apply.
 
+use std::mem::offset_of;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
+
+use nightgraft_bridge::abi::SharedEdge;
 
 use crate::analyses::Analyses;
 use crate::apply::{self, Applied, ApplyError, Limits};
 use crate::code::Live;
-use crate::effects::Allowance;
 use crate::elf::{ElfError, Image};
 use crate::held::Held;
 use crate::journal::Journal;
 use crate::manifest::{self, FindError, Present};
-use crate::plan::{self, Input, PatchPlan};
+use crate::plan::{self, Input, PatchPlan, Wanted};
 use crate::recover::{self, Recovered, Verdict};
 use crate::refused::Refused;
 use crate::report::{RevertReceipt, WorkerStatus};
@@ -124,7 +126,7 @@ pub(crate) fn bridge() -> Result<Arc<Image>, Failure> {
 }
 
 /// Plans the fusing of `name` (whose worker is `callee`) into `caller`,
-/// without touching either. Effects that are not `allowed` are no refusal here:
+/// without touching either. Effects that are not allowed are no refusal here:
 /// see [`PatchPlan::refusal`].
 ///
 /// # Errors
@@ -133,18 +135,18 @@ pub fn explain(
     caller: Function<'_>,
     callee: Function<'_>,
     name: &str,
-    allowed: Allowance,
+    wanted: Wanted,
     analyses: &Analyses,
 ) -> Result<PatchPlan, Failure> {
     let callee = callee.read()?;
-    Ok(planned(caller, &callee, name, allowed, analyses)?.0)
+    Ok(planned(caller, &callee, name, wanted, analyses)?.0)
 }
 
 fn planned(
     caller: Function<'_>,
     callee: &Worker,
     name: &str,
-    allowed: Allowance,
+    wanted: Wanted,
     analyses: &Analyses,
 ) -> Result<(PatchPlan, Option<Present>), Failure> {
     let caller = caller.read()?;
@@ -173,7 +175,7 @@ fn planned(
         longest_window: ptrace_shim::WriteMethod::of_this_kernel().most_in_one_go(),
         invoke: &invoke,
         live: &live,
-        allowed,
+        wanted,
         analyses,
     })?;
     Ok((plan, present))
@@ -220,7 +222,7 @@ impl Live for LiveWorker<'_> {
 }
 
 /// Fuses `name` into one worker, if it shows no guarded effect but those
-/// `allowed`; that holds for an edge that is fused already as well. What is
+/// allowed; that holds for an edge that is fused already as well. What is
 /// done is written down in the journal first, and refused where that cannot
 /// be. A worker in which an agent died is put in order before.
 ///
@@ -230,7 +232,7 @@ pub fn patch(
     caller: Function<'_>,
     callee: Function<'_>,
     name: &str,
-    allowed: Allowance,
+    wanted: Wanted,
     analyses: &Analyses,
     limits: &Limits,
     journal: &dyn Journal,
@@ -241,7 +243,7 @@ pub fn patch(
     let callee = callee.read()?;
     if let Some(left) = recovered.filter(|r| r.verdict == Verdict::Left) {
         // What keeps the patch from being done has a name of its own, mostly.
-        let (plan, _) = planned(caller, &callee, name, allowed, analyses)?;
+        let (plan, _) = planned(caller, &callee, name, wanted, analyses)?;
         apply::check(&plan)?;
         return Err(Failure::Refused(Refused::Unreconciled {
             pid: left.pid,
@@ -250,7 +252,7 @@ pub fn patch(
     }
     let mut tries = 1;
     loop {
-        let (plan, present) = planned(caller, &callee, name, allowed, analyses)?;
+        let (plan, present) = planned(caller, &callee, name, wanted, analyses)?;
         if let Some(refused) = plan.refusal() {
             return Err(Failure::Refused(refused));
         }
@@ -307,6 +309,7 @@ pub fn revert(
             sites: Vec::new(),
             stops_ns: Vec::new(),
             disturbed: Vec::new(),
+            signals: None,
             journal: None,
         }),
     }
@@ -347,6 +350,30 @@ pub fn set_gate(worker: Function<'_>, callee: &str, on: bool) -> Result<bool, Fa
         )
         .map_err(ApplyError::from)?;
     Ok(true)
+}
+
+/// Lets an edge's crash be forgotten, so that the next one counts; its image is
+/// not called again all the same. Stops nobody.
+///
+/// # Errors
+/// See [`Failure`].
+pub fn forget_crash(worker: Function<'_>, callee: &str) -> Result<(), Failure> {
+    let Some((present, _)) = present(worker)? else {
+        return Ok(());
+    };
+    let manifest = &present.manifest;
+    let process = ptrace_shim::Process::open(worker.pid).map_err(ApplyError::from)?;
+    if process.start_time() != worker.start_time {
+        return Err(Failure::Snapshot(SnapshotError::Gone { pid: worker.pid }));
+    }
+    let memory = ptrace_shim::Memory::open(&process).map_err(ApplyError::from)?;
+    for graft in manifest.grafts.iter().filter(|g| g.callee == callee) {
+        let at = manifest.edge(graft) + offset_of!(SharedEdge, crashed) as u64;
+        memory
+            .write(ptrace_shim::Address(at), &[0])
+            .map_err(ApplyError::from)?;
+    }
+    Ok(())
 }
 
 /// Holds what tells of a worker when it has died; `None` where nothing of ours

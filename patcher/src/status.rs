@@ -5,10 +5,10 @@ use std::mem::offset_of;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use nightgraft_bridge::abi::{self, Control, Graft, SharedEdge};
+use nightgraft_bridge::abi::{self, Control, Graft, Module, Range, SharedEdge};
 
 use crate::manifest::{GraftRecord, Manifest, Present, Region};
-use crate::report::{CalleeState, EdgeCounters, GraftStatus, RpcReasons, WorkerStatus};
+use crate::report::{CalleeState, EdgeCounters, GraftStatus, GuardState, RpcReasons, WorkerStatus};
 use crate::snapshot::{Memory, SnapshotError};
 
 /// Reads the status of everything in `present`.
@@ -39,18 +39,27 @@ pub fn status(present: &Present, memory: &dyn Memory) -> Result<WorkerStatus, Sn
         let routine = sites
             .iter()
             .any(|i| manifest.windows[*i].routine && present.in_place(*i));
+        let (state, failure) = match present.states[index] {
+            abi::STATE_ARMED => (CalleeState::Armed, None),
+            abi::STATE_INITIALISING => (CalleeState::Initialising, None),
+            abi::STATE_READY | abi::STATE_INITIALISED => (CalleeState::Ready, None),
+            _ => {
+                let (state, why) = failure(graft, memory)?;
+                (state, Some(why))
+            }
+        };
         grafts.push(GraftStatus {
             callee: graft.callee.clone(),
             build_id: graft.build_id.clone(),
             gate_on: present.gates[index],
             windows_in_place,
-            state: match present.states[index] {
-                abi::STATE_ARMED => CalleeState::Armed,
-                abi::STATE_INITIALISING => CalleeState::Initialising,
-                abi::STATE_READY | abi::STATE_INITIALISED => CalleeState::Ready,
-                _ => CalleeState::Failed,
+            state,
+            failure,
+            guard: if present.guards[index] {
+                guard(manifest, memory)?
+            } else {
+                GuardState::None
             },
-            failure: failure(graft, present.states[index], memory)?,
             sites: sites
                 .into_iter()
                 .filter(|i| manifest.windows[*i].is_site())
@@ -81,15 +90,15 @@ fn total(regions: &[Region]) -> u64 {
 
 fn failure(
     graft: &GraftRecord,
-    state: u8,
     memory: &dyn Memory,
-) -> Result<Option<String>, SnapshotError> {
-    if state != abi::STATE_FAILED {
-        return Ok(None);
-    }
+) -> Result<(CalleeState, String), SnapshotError> {
     let kind = memory.u64(graft.graft + offset_of!(Graft, failure) as u64)? as u32;
     let code = memory.u64(graft.graft + offset_of!(Graft, failure_code) as u64)? as u32 as i32;
-    Ok(Some(match kind {
+    let state = match kind {
+        abi::FAILURE_CRASHED => CalleeState::Crashed,
+        _ => CalleeState::Failed,
+    };
+    let why = match kind {
         abi::FAILURE_THREAD => {
             format!(
                 "its thread could not be started: {}",
@@ -110,8 +119,63 @@ fn failure(
         ),
         abi::FAILURE_MEMORY => "there was no memory for its thread-local storage".to_owned(),
         abi::FAILURE_EXCEPTION => "an initialiser let an exception out".to_owned(),
+        abi::FAILURE_CRASHED => {
+            let at = memory.u64(graft.graft + offset_of!(Graft, crash) as u64)?;
+            format!(
+                "a guarded call raised {} at {}",
+                signal(code),
+                place(graft, at, memory)?
+            )
+        }
         other => format!("failure {other} with code {code}"),
-    }))
+    };
+    Ok((state, why))
+}
+
+/// The name of a signal that a guard takes.
+fn signal(number: i32) -> String {
+    match nix::sys::signal::Signal::try_from(number) {
+        Ok(signal) => signal.to_string(),
+        Err(_) => format!("signal {number}"),
+    }
+}
+
+/// More images than any callee has.
+const MOST_MODULES: u64 = 1024;
+
+/// A live address, by the callee's image that it is in.
+fn place(graft: &GraftRecord, address: u64, memory: &dyn Memory) -> Result<String, SnapshotError> {
+    let field = |offset: usize| memory.u64(graft.graft + offset as u64);
+    let modules = field(offset_of!(Graft, modules))?;
+    let count = field(offset_of!(Graft, module_count))?.min(MOST_MODULES);
+    for index in 0..count {
+        let module = modules.wrapping_add(index * size_of::<Module>() as u64);
+        let field = |offset: usize| memory.u64(module.wrapping_add(offset as u64));
+        let start = field(offset_of!(Module, range) + offset_of!(Range, start))?;
+        let len = field(offset_of!(Module, range) + offset_of!(Range, len))?;
+        if address.wrapping_sub(start) < len {
+            let path = memory.string(field(offset_of!(Module, path))?, MOST_PATH)?;
+            let file = path.rsplit('/').next().unwrap_or_default();
+            let bias = field(offset_of!(Module, bias))?;
+            return Ok(format!("{file}+{:#x}", address.wrapping_sub(bias)));
+        }
+    }
+    Ok(format!("{address:#x}"))
+}
+
+/// `PATH_MAX`.
+const MOST_PATH: usize = 4096;
+
+fn guard(manifest: &Manifest, memory: &dyn Memory) -> Result<GuardState, SnapshotError> {
+    let mut state = [0];
+    let guard = manifest.worker + offset_of!(abi::Worker, guard) as u64;
+    memory.read(guard + offset_of!(abi::Guard, state) as u64, &mut state)?;
+    Ok(match state[0] {
+        abi::GUARD_WAITING => GuardState::Waiting,
+        abi::GUARD_ON => GuardState::On,
+        abi::GUARD_TAKEN => GuardState::Taken,
+        _ => GuardState::Denied,
+    })
 }
 
 fn counters(

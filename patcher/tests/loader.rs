@@ -687,7 +687,7 @@ fn refusal(caller: &Host, callee: i32, libraries: [&Path; 2]) -> Refused {
         function(caller.pid(), libraries[0]),
         function(callee, libraries[1]),
         "Bar",
-        Allowance::default(),
+        Allowance::default().into(),
         &Analyses::default(),
     );
     match planned {

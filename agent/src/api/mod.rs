@@ -103,6 +103,9 @@ pub struct PatchRequest {
     /// `credentials`, or `all`. The agent's configuration may allow more.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub allow_effects: Vec<String>,
+    /// Calls are to be guarded against crashes of the callee.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub guard: bool,
 }
 
 fn default_canary_wait_ms() -> u64 {

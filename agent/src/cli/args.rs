@@ -75,11 +75,23 @@ pub enum Command {
         /// patch is refused.
         #[arg(long, value_name = "KINDS", value_delimiter = ',', value_parser = effect)]
         allow_effects: Vec<String>,
+        /// Keep the caller's workers alive should the callee's own code crash
+        ///
+        /// A SIGSEGV, SIGBUS, SIGFPE or SIGILL that it raises, running out of
+        /// stack included, becomes -1 for that call; the edge is quarantined and
+        /// the worker lives on. Not where a shared library's code is in between
+        /// or crashes itself, on threads of the callee's own, or in its
+        /// initialisers: there it dies as without this. Refused (no-guard) for a
+        /// callee that changes signals itself. Without it a guarded edge's calls
+        /// are guarded no more.
+        #[arg(long)]
+        guard: bool,
     },
     /// Turn a fused callee back into an RPC, in all workers of a caller
     #[command(after_help = EXIT_CODES)]
     Revert(EdgeArgs),
-    /// Let an edge be fused again whose callee ran when a worker died
+    /// Let an edge be fused again whose callee ran when a worker died, or that
+    /// crashed in a guarded call
     ///
     /// The agent quarantines such an edge: its gates go off in all workers, and
     /// patch refuses it. This lifts that and fuses nothing.
@@ -138,6 +150,7 @@ mod tests {
             edge,
             canary_wait,
             allow_effects,
+            guard,
         } = args.command
         else {
             panic!("not a patch")
@@ -145,6 +158,7 @@ mod tests {
         assert_eq!((edge.caller.as_str(), edge.callee.as_str()), ("Foo", "Bar"));
         assert_eq!(canary_wait, Duration::from_secs(2));
         assert!(allow_effects.is_empty());
+        assert!(!guard);
     }
 
     #[test]

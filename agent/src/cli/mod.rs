@@ -122,6 +122,7 @@ async fn ask(args: &Args) -> Result<Output, ClientError> {
             edge,
             canary_wait,
             allow_effects,
+            guard,
         } => {
             let EdgeRequest {
                 caller,
@@ -136,6 +137,7 @@ async fn ask(args: &Args) -> Result<Output, ClientError> {
                 engine,
                 canary_wait_ms,
                 allow_effects: allow_effects.clone(),
+                guard: *guard,
             };
             let limit = WRITE_LIMIT + 2 * *canary_wait;
             let report: PatchReport = client.post(api::PATCH, &request, limit).await?;

@@ -11,7 +11,7 @@ use crate::api::{
     UnquarantineReport, Worker, WorkerKind,
 };
 use crate::discover::short_id;
-use crate::grafter::{CalleeState, Disturbed, SiteProof, Verdict};
+use crate::grafter::{CalleeState, Disturbed, GuardState, SignalsBack, SiteProof, Verdict};
 
 /// How many digits of a build-id are shown.
 const BUILD_ID_DIGITS: usize = 12;
@@ -55,6 +55,7 @@ fn state(state: CalleeState) -> &'static str {
         CalleeState::Initialising => "initialising",
         CalleeState::Ready => "ready",
         CalleeState::Failed => "failed",
+        CalleeState::Crashed => "crashed",
     }
 }
 
@@ -202,6 +203,15 @@ pub(super) fn status(status: &Status) -> String {
                     plural(worker.graft.seen.len(), "call site")
                 );
             }
+            let guard = guard(worker.graft.guard);
+            if let Some(guard) = guard.filter(|_| worker.graft.windows_in_place) {
+                let _ = writeln!(
+                    text,
+                    "worker {}: {}: {guard}",
+                    worker.pid,
+                    clean(&edge.callee)
+                );
+            }
             if let Some(failure) = &worker.graft.failure {
                 let _ = writeln!(
                     text,
@@ -215,6 +225,18 @@ pub(super) fn status(status: &Status) -> String {
     }
     notes(&mut text, &status.notes);
     text
+}
+
+fn guard(state: GuardState) -> Option<&'static str> {
+    Some(match state {
+        GuardState::None => return None,
+        GuardState::Waiting => "guarded against its crashes from the next call on",
+        GuardState::On => "guarded against its crashes",
+        GuardState::Taken => {
+            "the guard is off: the worker has taken one of the signals for itself since"
+        }
+        GuardState::Denied => "the guard is off: the kernel gave it no memory or no signal",
+    })
 }
 
 fn edge_rows(edge: &Edge) -> Vec<[String; 9]> {
@@ -232,6 +254,7 @@ fn edge_rows(edge: &Edge) -> Vec<[String; 9]> {
                 or_nothing(worker.container.as_ref()),
                 match (graft.windows_in_place, graft.gate_on) {
                     (true, true) => state(graft.state).to_owned(),
+                    (true, false) if graft.state == CalleeState::Crashed => "crashed".to_owned(),
                     (true, false) => "gate off".to_owned(),
                     (false, _) => "reverted, kept".to_owned(),
                 },
@@ -460,12 +483,28 @@ pub(super) fn reverted(report: &RevertReport) -> String {
                 );
             }
         }
+        let signals = worker.receipt.as_ref().and_then(|receipt| receipt.signals);
+        if let Some(signals) = signals {
+            let _ = writeln!(text, "worker {}: {}", worker.pid, signals_back(signals));
+        }
         if let RevertOutcome::Failed { error } = &worker.outcome {
             let _ = writeln!(text, "worker {}: {}", worker.pid, clean(&error.message));
         }
     }
     notes(&mut text, &report.notes);
     text
+}
+
+fn signals_back(signals: SignalsBack) -> &'static str {
+    match signals {
+        SignalsBack::GivenBack => "the guard's signals have the actions that they had before",
+        SignalsBack::CallUnderWay => {
+            "a call is under way: the guard stays, passing on what is not the callee's; revert              again to take it out"
+        }
+        SignalsBack::NotReached => {
+            "its thread could not be borrowed: the guard stays, passing on what is not the              callee's; revert again to take it out"
+        }
+    }
 }
 
 fn reverted_row(worker: &RevertedWorker) -> [String; 6] {

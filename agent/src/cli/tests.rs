@@ -3,6 +3,7 @@
 use clap::Parser;
 
 use super::*;
+use crate::grafter::{CalleeState, GuardState};
 use crate::testing::{
     BROKEN, FakeGrafter, FakeProc, FakeServer, FakeWorker, IDLE, PROVEN, graft, living,
 };
@@ -182,6 +183,29 @@ Foo → Bar  all                          24           0       8          -     
     assert_eq!(out, expected);
     let (_, out, _) = agentctl(&self::server([living(&[]), living(&[])]), "status").await;
     assert_eq!(out, "nothing is fused\n");
+}
+
+#[tokio::test]
+async fn status_tells_of_guards_and_of_a_crash_that_was_outlived() {
+    let (mut on, mut crashed) = (fused(), fused());
+    on.grafts[0].guard = GuardState::On;
+    let graft = &mut crashed.grafts[0];
+    graft.guard = GuardState::Taken;
+    graft.state = CalleeState::Crashed;
+    graft.gate_on = false;
+    graft.failure = Some("a guarded call raised SIGSEGV at libbar.so+0x1139".to_owned());
+    let (exit, out, _) = agentctl(&server([on, crashed]), "status").await;
+    assert_eq!(exit, Exit::Done);
+    let expected = "\
+EDGE       WORKER  CONTAINER     STATE    FUSED CALLS  ERRORS  RPC CALLS  FUSED MEAN  MAPPED
+Foo → Bar  11      cccccccccccc  ready    12           0       4          -           64.0 KiB
+Foo → Bar  12      cccccccccccc  crashed  12           0       4          -           64.0 KiB
+Foo → Bar  all                            24           0       8          -           128.0 KiB
+worker 11: Bar: guarded against its crashes
+worker 12: Bar: the guard is off: the worker has taken one of the signals for itself since
+worker 12: Bar: a guarded call raised SIGSEGV at libbar.so+0x1139
+";
+    assert_eq!(out, expected);
 }
 
 #[tokio::test]

@@ -27,6 +27,7 @@ use crate::discover::{self, Node, tracer_of};
 use crate::error::{AgentError, graft_info};
 use crate::grafter::{
     Allowance, CalleeState, EdgeCounters, Explained, GraftError, GraftStatus, PatchReceipt, Target,
+    Wanted,
 };
 use crate::select;
 
@@ -77,7 +78,10 @@ pub fn patch(
             .into_iter()
             .map(|(_, target)| target.clone())
             .collect(),
-        allowed: asked.and(context.policy.allowed(&caller.label(), &callee.label())),
+        wanted: Wanted {
+            allowed: asked.and(context.policy.allowed(&caller.label(), &callee.label())),
+            guard: request.guard,
+        },
         name: name.clone(),
         bound: canary_wait(request.canary_wait_ms),
     };
@@ -282,8 +286,9 @@ struct Edge<'a> {
     /// Workers of the callee, the one to be read first.
     callees: Vec<Target>,
     name: String,
-    /// What the callee may touch that is the caller's.
-    allowed: Allowance,
+    /// What the callee may touch that is the caller's, and whether calls are
+    /// guarded.
+    wanted: Wanted,
     bound: Duration,
 }
 
@@ -338,8 +343,8 @@ impl Edge<'_> {
     fn plan(&mut self, target: &Target) -> Result<(), AgentError> {
         let name = self.name.clone();
         let grafter = self.context.grafter;
-        let allowed = self.allowed;
-        match self.with_callee(|callee| grafter.explain(target, callee, &name, allowed)) {
+        let wanted = self.wanted;
+        match self.with_callee(|callee| grafter.explain(target, callee, &name, wanted)) {
             Ok(Explained {
                 refused: Some(refused),
                 ..
@@ -356,8 +361,8 @@ impl Edge<'_> {
     fn patch_target(&mut self, target: &Target) -> Result<PatchReceipt, GraftError> {
         let name = self.name.clone();
         let grafter = self.context.grafter;
-        let allowed = self.allowed;
-        let result = self.with_callee(|callee| grafter.patch(target, callee, &name, allowed));
+        let wanted = self.wanted;
+        let result = self.with_callee(|callee| grafter.patch(target, callee, &name, wanted));
         match &result {
             Ok(receipt) => {
                 tracing::info!(
@@ -449,5 +454,6 @@ impl Edge<'_> {
 
 /// Whether an edge is fused for all that matters to a patch.
 fn in_force(graft: &GraftStatus) -> bool {
-    graft.gate_on && graft.windows_in_place && graft.state != CalleeState::Failed
+    let lost = matches!(graft.state, CalleeState::Failed | CalleeState::Crashed);
+    graft.gate_on && graft.windows_in_place && !lost
 }

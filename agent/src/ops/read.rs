@@ -178,6 +178,15 @@ pub fn unquarantine(
         select::edge(node, &request.caller, &request.callee, request.engine)
             .map_err(|error| context.explained(error))?;
     let label = caller.label();
+    // First: a crash that is still in the worker would be found once more.
+    for (_, target) in select::native_workers(caller).unwrap_or_default() {
+        match context.grafter.forget_crash(&target, &name) {
+            Ok(()) | Err(GraftError::WorkerGone { .. }) => {}
+            Err(error) => {
+                tracing::warn!(pid = target.pid, %error, "its crash can't be forgotten");
+            }
+        }
+    }
     let was = context
         .watch
         .quarantine
@@ -243,7 +252,7 @@ pub fn explain(
         for (callee_worker, callee_target) in newest_first(&callees) {
             match context
                 .grafter
-                .explain(caller_target, callee_target, &name, allowed)
+                .explain(caller_target, callee_target, &name, allowed.into())
             {
                 Ok(explained) => {
                     return Ok(Explanation {

@@ -19,7 +19,8 @@ use nightgraft_patcher::effects::{Guarded, Seen};
 
 use crate::grafter::{
     Allowance, CalleeState, EdgeCounters, Effect, Explained, GraftError, GraftStatus, Grafter,
-    PatchReceipt, Refused, RevertReceipt, RpcReasons, SiteProof, Target, WorkerStatus,
+    GuardState, PatchReceipt, Refused, RevertReceipt, RpcReasons, SiteProof, Target, Wanted,
+    WorkerStatus,
 };
 
 pub(crate) fn function(name: &str, id: u32, engine: Option<i32>) -> Function {
@@ -152,6 +153,7 @@ pub(crate) fn graft(callee: &str, moment: Moment) -> GraftStatus {
         windows_in_place: true,
         state: moment.state,
         failure: (moment.state == CalleeState::Failed).then(|| "faas_init returned 1".to_owned()),
+        guard: GuardState::None,
         sites: vec![0x7f00_0000_1000],
         routine: false,
         seen: Vec::new(),
@@ -223,7 +225,7 @@ impl Grafter for FakeGrafter {
         caller: &Target,
         callee: &Target,
         callee_name: &str,
-        allowed: Allowance,
+        wanted: Wanted,
     ) -> Result<Explained, GraftError> {
         self.with(callee.pid, |_| Ok(()))?;
         self.with(caller.pid, |worker| match worker.refuse_plan {
@@ -231,7 +233,7 @@ impl Grafter for FakeGrafter {
             false => Ok(Explained {
                 text: format!("map {callee_name} of {} into {}", callee.pid, caller.pid),
                 plan: serde_json::json!({ "windows": 1 }),
-                refused: worker.not_allowed(allowed),
+                refused: worker.not_allowed(wanted.allowed),
             }),
         })
     }
@@ -241,7 +243,7 @@ impl Grafter for FakeGrafter {
         caller: &Target,
         callee: &Target,
         callee_name: &str,
-        allowed: Allowance,
+        wanted: Wanted,
     ) -> Result<PatchReceipt, GraftError> {
         self.with(callee.pid, |_| Ok(()))?;
         self.note(format!("patch {} from {}", caller.pid, callee.pid));
@@ -253,7 +255,7 @@ impl Grafter for FakeGrafter {
             if worker.refuse_plan {
                 return Err(refusal().into());
             }
-            if let Some(refused) = worker.not_allowed(allowed) {
+            if let Some(refused) = worker.not_allowed(wanted.allowed) {
                 return Err(refused.into());
             }
             if let Some(error) = &worker.patch_error {
@@ -302,6 +304,7 @@ impl Grafter for FakeGrafter {
                 },
                 stops_ns: if nothing { Vec::new() } else { vec![40_000] },
                 disturbed: Vec::new(),
+                signals: None,
                 journal: None,
             })
         })
@@ -342,6 +345,11 @@ impl Grafter for FakeGrafter {
 
     fn build_id(&self, worker: &Target) -> Result<Option<String>, GraftError> {
         self.with(worker.pid, |fake| Ok(Some(fake.build_id.clone())))
+    }
+
+    fn forget_crash(&self, caller: &Target, callee_name: &str) -> Result<(), GraftError> {
+        self.note(format!("forget {callee_name} in {}", caller.pid));
+        Ok(())
     }
 
     fn set_gate(&self, caller: &Target, callee_name: &str, on: bool) -> Result<(), GraftError> {

@@ -20,7 +20,7 @@ use crate::state::CLibrary;
 /// First bytes of a [`Control`] area.
 pub const MAGIC: [u8; 8] = *b"NGRAFT\0\x01";
 /// Version of every layout in this module; an agent refuses others.
-pub const BRIDGE_VERSION: u32 = 3;
+pub const BRIDGE_VERSION: u32 = 4;
 /// The memfd's name, as `/proc/PID/maps` shows it behind `/memfd:`.
 pub const CONTROL_NAME: &str = "nightgraft";
 /// Callees that one worker can hold.
@@ -62,6 +62,30 @@ pub const FAILURE_THREAD_KEY: u32 = 5;
 pub const FAILURE_MEMORY: u32 = 6;
 /// [`Graft::failure`]: an initialiser let a C++ exception out.
 pub const FAILURE_EXCEPTION: u32 = 7;
+/// [`Graft::failure`]: a guarded call raised the signal that the code says, at
+/// [`Graft::crash`]; the image is not called any more.
+pub const FAILURE_CRASHED: u32 = 8;
+
+/// Signals that a guarded callee may raise, in the order of [`Guard::saved`]:
+/// SIGILL, SIGBUS, SIGFPE, SIGSEGV.
+pub const GUARDED_SIGNALS: [u32; 4] = [4, 7, 8, 11];
+
+/// [`Guard::state`]: no guarded call has come by yet.
+pub const GUARD_WAITING: u8 = 0;
+/// [`Guard::state`]: the signals come to us first.
+pub const GUARD_ON: u8 = 1;
+/// [`Guard::state`]: the worker has taken one of the signals for itself since.
+pub const GUARD_TAKEN: u8 = 2;
+/// [`Guard::state`]: there was no memory for its stack, or the kernel did not
+/// let us have a signal.
+pub const GUARD_DENIED: u8 = 3;
+
+/// [`Guard::ours`]: the action is the worker's.
+pub const ACTION_THEIRS: u8 = 0;
+/// [`Guard::ours`]: the action is ours; the worker's is saved.
+pub const ACTION_OURS: u8 = 1;
+/// [`Guard::ours`]: it was ours, and somebody has changed it.
+pub const ACTION_TAKEN: u8 = 2;
 
 /// Functions of the worker's own libraries that the bridge calls, in the order
 /// of [`Worker::imports`].
@@ -130,11 +154,17 @@ pub enum Import {
     CxaBeginCatch,
     /// libstdc++: `__cxa_end_catch`.
     CxaEndCatch,
+    /// libgcc_s: `_Unwind_Backtrace`.
+    UnwindBacktrace,
+    /// libgcc_s: `_Unwind_GetCFA`.
+    UnwindGetCfa,
+    /// libstdc++: `__cxa_get_globals`.
+    CxaGetGlobals,
 }
 
 /// Names of [`Import`]s, in their order. From `RegisterFrame` on they are 0 in
 /// a worker that has no such library; the ones before it are always there.
-pub const IMPORTS: [&str; 31] = [
+pub const IMPORTS: [&str; 34] = [
     "pthread_create",
     "pthread_detach",
     "pthread_key_create",
@@ -166,6 +196,9 @@ pub const IMPORTS: [&str; 31] = [
     "_Unwind_DeleteException",
     "__cxa_begin_catch",
     "__cxa_end_catch",
+    "_Unwind_Backtrace",
+    "_Unwind_GetCFA",
+    "__cxa_get_globals",
 ];
 
 /// Number of the [`IMPORTS`] that every worker has.
@@ -182,8 +215,11 @@ pub struct SharedEdge {
     pub gate: AtomicU8,
     /// 1 while the initialisers run, whose crash would be the worker's.
     pub initialising: AtomicU8,
+    /// The signal that ended a guarded call, 0 for none; stored last, after all
+    /// that tells more. An agent clears it when the edge's quarantine is lifted.
+    pub crashed: AtomicU8,
     /// Padding, so that the counters start aligned.
-    pub pad: [u8; 6],
+    pub pad: [u8; 5],
     /// Fused calls begun.
     pub entered: AtomicU64,
     /// Fused calls that came back.
@@ -267,6 +303,57 @@ pub struct Control {
     pub slots: [[u8; MANIFEST_SLOT]; 2],
 }
 
+/// A signal's action, as the kernel has it (`struct sigaction`, x86-64).
+#[derive(Debug, Default)]
+#[repr(C)]
+pub struct Action {
+    /// The handler, or `SIG_DFL` (0) or `SIG_IGN` (1).
+    pub handler: Cell<u64>,
+    /// `SA_…`.
+    pub flags: Cell<u64>,
+    /// What the handler returns to.
+    pub restorer: Cell<u64>,
+    /// What is blocked while it runs.
+    pub mask: Cell<u64>,
+}
+
+/// The guard around guarded callees, one for all of a worker's; see
+/// [`crate::guard`].
+#[derive(Debug)]
+#[repr(C)]
+pub struct Guard {
+    /// Guarded calls until the signals' actions are looked at again.
+    pub left: Cell<u32>,
+    /// `GUARD_…`.
+    pub state: AtomicU8,
+    /// 1 while a signal of the worker's thread is looked into.
+    pub handling: Cell<u8>,
+    /// Padding.
+    pub pad: [u8; 2],
+    /// The process whose actions these are: a forked child has its own.
+    pub pid: Cell<u64>,
+    /// Our handler, once it was installed.
+    pub handler: Cell<u64>,
+    /// Top of the stack on which a signal is looked into; 0 for none yet.
+    pub stack: Cell<u64>,
+    /// Stack pointer to go back to when looking into it faults.
+    pub attempt: Cell<u64>,
+    /// What libstdc++ knows of the worker's thread's exceptions
+    /// (`__cxa_eh_globals`: those caught, and how many are thrown), or `none`; 0
+    /// before the first guarded call.
+    pub exceptions: Cell<u64>,
+    /// Stands for it in a worker without libstdc++.
+    pub none: Cell<[u64; 2]>,
+    /// `ACTION_…` of each of [`GUARDED_SIGNALS`].
+    pub ours: [AtomicU8; 4],
+    /// Padding.
+    pub pad1: [u8; 4],
+    /// The worker's own actions, which hold when ours don't.
+    pub saved: [Action; 4],
+    /// Where an agent has the kernel put an action.
+    pub probe: Action,
+}
+
 /// What the bridge knows of its worker; private memory.
 #[derive(Debug)]
 #[repr(C)]
@@ -324,6 +411,8 @@ pub struct Worker {
     /// The displaced entry of `invoke_func`, which goes on behind our window
     /// there; 0 while there has been none. Stays true when the window is gone.
     pub resume: AtomicU64,
+    /// The guard.
+    pub guard: Guard,
 }
 
 /// The window at the entry of `invoke_func`; private memory. Its stub carries
@@ -500,7 +589,8 @@ pub struct Graft {
     pub shared: u64,
     /// Address of the [`Worker`].
     pub worker: u64,
-    /// The image's `faas_func_call`.
+    /// What a call of it calls: `function`, or [`crate::guard::ng_guarded`].
+    /// Stored while the worker is stopped.
     pub call: u64,
     /// What its `faas_create_func_worker` gave.
     pub handle: Cell<u64>,
@@ -593,6 +683,12 @@ pub struct Graft {
     /// Not 0: neither the caller nor the callee can change MXCSR's modes, so
     /// they are the default ones at every call.
     pub mxcsr_fixed: u64,
+    /// The image's `faas_func_call`.
+    pub function: u64,
+    /// The stack pointer at the call of a guarded `function`.
+    pub recovery: Cell<u64>,
+    /// Where a guarded call crashed.
+    pub crash: Cell<u64>,
     /// Input scratch.
     pub scratch: Scratch,
 }

@@ -3,7 +3,9 @@
 use core::ffi::c_void;
 use core::sync::atomic::Ordering::Acquire;
 
-use crate::abi::{FAILURE_EXCEPTION, Graft, MODULE_INITIALISED, Module, STATE_FAILED, Worker};
+use crate::abi::{
+    FAILURE_CRASHED, FAILURE_EXCEPTION, Graft, MODULE_INITIALISED, Module, STATE_FAILED, Worker,
+};
 
 type Finaliser = unsafe extern "C" fn();
 
@@ -27,6 +29,10 @@ pub unsafe extern "C" fn ng_exit(graft: *mut c_void) {
     // SAFETY: `register` passed the graft; its records are the patcher's.
     unsafe {
         let graft = &*(graft as *const Graft);
+        if graft.state.load(Acquire) == STATE_FAILED && graft.failure.get() == FAILURE_CRASHED {
+            // It was left in the middle of something: not called any more.
+            return;
+        }
         // As the dynamic linker does, also where `exit` comes from within an
         // initialiser; not where one was left half done.
         let broken =

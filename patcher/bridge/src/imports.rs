@@ -94,10 +94,18 @@ imports! {
     unwind_set_gr: UnwindSetGr(context: *mut c_void, register: c_int, value: u64);
     /// `_Unwind_SetIP`.
     unwind_set_ip: UnwindSetIp(context: *mut c_void, address: u64);
+    /// `_Unwind_Backtrace`.
+    unwind_backtrace: UnwindBacktrace(step: crate::crash::Step, argument: *mut c_void) -> c_int;
+    /// `_Unwind_GetIP`.
+    unwind_get_ip: UnwindGetIp(context: *mut c_void) -> u64;
+    /// `_Unwind_GetCFA`.
+    unwind_get_cfa: UnwindGetCfa(context: *mut c_void) -> u64;
     /// `_Unwind_DeleteException`.
     unwind_delete_exception: UnwindDeleteException(exception: *mut c_void);
     /// `__cxa_begin_catch`.
     cxa_begin_catch: CxaBeginCatch(exception: *mut c_void) -> *mut c_void;
+    /// `__cxa_get_globals`.
+    cxa_get_globals: CxaGetGlobals() -> *mut c_void;
     /// `__cxa_end_catch`.
     cxa_end_catch: CxaEndCatch();
     /// `dl_iterate_phdr`.

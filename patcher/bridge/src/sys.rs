@@ -2,6 +2,8 @@
 
 use core::arch::asm;
 
+use crate::abi::Action;
+
 /// `mmap` of `len` private, zeroed, read-write bytes.
 pub(crate) fn map(len: usize) -> Option<*mut u8> {
     let result: isize;
@@ -84,6 +86,116 @@ pub(crate) unsafe fn seal(start: u64, len: u64) -> i32 {
         );
     }
     -result as i32
+}
+
+/// A system call of up to four arguments: its result, negative for an errno.
+///
+/// # Safety
+/// The call's own conditions; it does not touch the stack.
+unsafe fn call(number: isize, arguments: [u64; 4]) -> isize {
+    let [first, second, third, fourth] = arguments;
+    let result: isize;
+    // SAFETY: as the caller promises; the kernel clobbers only rax, rcx and r11.
+    unsafe {
+        asm!(
+            "syscall",
+            inlateout("rax") number => result,
+            in("rdi") first,
+            in("rsi") second,
+            in("rdx") third,
+            in("r10") fourth,
+            lateout("rcx") _, lateout("r11") _,
+            options(nostack),
+        );
+    }
+    result
+}
+
+/// `getpid`.
+pub(crate) fn process() -> u32 {
+    // SAFETY: touches nothing.
+    unsafe { call(39, [0; 4]) as u32 }
+}
+
+/// `gettid`.
+fn thread() -> u32 {
+    // SAFETY: touches nothing.
+    unsafe { call(186, [0; 4]) as u32 }
+}
+
+/// `rt_sigaction`; whether it was done.
+pub(crate) fn action(signal: u32, new: Option<&Action>, old: Option<&Action>) -> bool {
+    let address = |action: Option<&Action>| action.map_or(0, |a| core::ptr::from_ref(a) as u64);
+    let arguments = [u64::from(signal), address(new), address(old), 8];
+    // SAFETY: actions are as the kernel has them, in cells.
+    unsafe { call(13, arguments) == 0 }
+}
+
+/// Gives this thread an alternate stack for signals, unless it has one
+/// (`sigaltstack`); whether it has one then.
+///
+/// # Safety
+/// The range is the thread's from here on.
+pub(crate) unsafe fn alternate_stack(start: u64, len: u64) -> bool {
+    const DISABLED: u64 = 2; // SS_DISABLE
+    let mut now = [0_u64; 3];
+    let new = [start, 0, len];
+    // SAFETY: `stack_t` is an address, flags and a length.
+    unsafe {
+        call(131, [0, now.as_mut_ptr() as u64, 0, 0]) == 0
+            && (now[1] & DISABLED == 0 || call(131, [new.as_ptr() as u64, 0, 0, 0]) == 0)
+    }
+}
+
+/// No alternate stack, as [`exchange_alternate_stack`] takes it.
+pub(crate) const NO_STACK: [u64; 3] = [0, 2, 0];
+
+/// `sigaltstack`; whether it was done.
+///
+/// # Safety
+/// The new one is the thread's to use.
+pub(crate) unsafe fn exchange_alternate_stack(new: &[u64; 3], old: &mut [u64; 3]) -> bool {
+    // SAFETY: `stack_t` is an address, flags and a length.
+    unsafe { call(131, [new.as_ptr() as u64, old.as_mut_ptr() as u64, 0, 0]) == 0 }
+}
+
+/// `rt_sigprocmask(SIG_BLOCK)`.
+pub(crate) fn block(mask: u64) {
+    // SAFETY: reads the mask.
+    unsafe { call(14, [0, &raw const mask as u64, 0, 8]) };
+}
+
+/// `rt_sigprocmask(SIG_UNBLOCK)`.
+pub(crate) fn unblock(mask: u64) {
+    // SAFETY: as above.
+    unsafe { call(14, [1, &raw const mask as u64, 0, 8]) };
+}
+
+/// `mprotect(start, len, PROT_NONE)`.
+///
+/// # Safety
+/// Nothing touches the range from here on.
+pub(crate) unsafe fn forbid(start: u64, len: u64) {
+    // SAFETY: as the caller promises.
+    unsafe { call(10, [start, len, 0, 0]) };
+}
+
+/// Sends a signal to this thread with what came with it
+/// (`rt_tgsigqueueinfo`); whether it was sent.
+///
+/// # Safety
+/// `info` is a `siginfo_t`.
+pub(crate) unsafe fn send_again(signal: u32, info: *const u8) -> bool {
+    let (process, thread) = (u64::from(process()), u64::from(thread()));
+    // SAFETY: as the caller promises.
+    unsafe { call(297, [process, thread, u64::from(signal), info as u64]) == 0 }
+}
+
+/// Sends a signal to this thread (`tgkill`).
+pub(crate) fn send(signal: u32) {
+    let (process, thread) = (u64::from(process()), u64::from(thread()));
+    // SAFETY: touches nothing.
+    unsafe { call(234, [process, thread, u64::from(signal), 0]) };
 }
 
 /// `sched_yield`.

@@ -104,6 +104,32 @@ fn calls(whole: (u64, u64), control: Option<(u64, u64)>) -> Vec<Call> {
     all
 }
 
+/// What the guard calls in the worker, for itself and when it passes a signal on.
+fn guard_calls(pid: i32) -> Vec<Call> {
+    let (pid, page) = (u64::from(pid.cast_unsigned()), 0x1000);
+    let mut all = Vec::new();
+    for signal in nightgraft_bridge::abi::GUARDED_SIGNALS.map(u64::from) {
+        all.push((libc::SYS_rt_sigaction, [signal, page, page, 8, 0, 0]));
+        all.push((libc::SYS_rt_tgsigqueueinfo, [pid, pid, signal, page, 0, 0]));
+        all.push((libc::SYS_tgkill, [pid, pid, signal, 0, 0, 0]));
+    }
+    all.extend([
+        (libc::SYS_sigaltstack, [page, page, 0, 0, 0, 0]),
+        (libc::SYS_rt_sigprocmask, [0, page, 0, 8, 0, 0]),
+        (libc::SYS_rt_sigprocmask, [1, page, 0, 8, 0, 0]),
+        (libc::SYS_mprotect, [page, PAGE, 0, 0, 0, 0]),
+        (libc::SYS_getpid, [0; 6]),
+        (libc::SYS_gettid, [0; 6]),
+    ]);
+    all.into_iter()
+        .map(|(nr, arguments)| Call {
+            nr,
+            arguments,
+            may_fail: false,
+        })
+        .collect()
+}
+
 /// Refuses what can be told without stopping anyone.
 pub(crate) fn foresee(pid: i32) -> Result<(), Refused> {
     let Ok(process) = Process::open(pid) else {
@@ -169,6 +195,11 @@ pub(super) fn check(
         let whole = (mapping.reservation.start, mapping.reservation.len);
         let control = mapping.control.map(|control| (control.start, control.len));
         allowed(&filters, &calls(whole, control), gadgets.syscall_ret)
+            .map_err(|(nr, answer)| denied(pid, nr, &format!("a seccomp filter {answer}")))?;
+    }
+    if plan.guarded {
+        // As the host numbers it: no filter knows the number.
+        allowed(&filters, &guard_calls(pid), gadgets.syscall_ret)
             .map_err(|(nr, answer)| denied(pid, nr, &format!("a seccomp filter {answer}")))?;
     }
     Ok(())

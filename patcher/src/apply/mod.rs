@@ -19,6 +19,7 @@
 mod commit;
 mod filters;
 mod frames;
+mod guard;
 mod prepare;
 pub(crate) mod repair;
 mod revert;
@@ -210,6 +211,10 @@ pub fn apply(
             let undo = prepare::prepare(&process, plan, limits, &mut stops, &mut disturbed)?;
             Some(undo)
         } else {
+            if plan.guarded {
+                // What the bridge will call was not looked at for that yet.
+                prepare::foresee(&process, plan, limits, &mut stops, &mut disturbed)?;
+            }
             None
         };
         if let Err(error) = diary.committing() {

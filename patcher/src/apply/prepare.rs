@@ -65,6 +65,27 @@ pub(super) fn prepare(
     }
 }
 
+/// Checks what a plan that maps nothing will have called in the worker.
+pub(super) fn foresee(
+    process: &Process,
+    plan: &PatchPlan,
+    limits: &Limits,
+    stops: &mut Vec<u64>,
+    disturbed: &mut Vec<Disturbed>,
+) -> Result<(), ApplyError> {
+    let gadgets = Gadgets::find(&Memory::open(process)?)?;
+    let nothing = |_: &mut Borrowed| Ok(());
+    with_borrowed(
+        process,
+        &gadgets,
+        Some(plan),
+        limits,
+        stops,
+        disturbed,
+        nothing,
+    )
+}
+
 /// Unmaps what [`prepare`] mapped. Nothing leads there; if it cannot be
 /// unmapped, unused memory stays behind for now, which is harmless. Gives
 /// whether it was.

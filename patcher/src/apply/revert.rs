@@ -6,7 +6,7 @@ use std::cell::Cell;
 use ptrace_shim::{Address, Memory, Process};
 
 use super::commit::{Direction, at_a_safe_moment};
-use super::{ApplyError, Limits, disturbance, nanoseconds, on_tracer_thread, open, prove};
+use super::{ApplyError, Limits, disturbance, guard, nanoseconds, on_tracer_thread, open, prove};
 use crate::elf::hex;
 use crate::faults::{self, hit};
 use crate::journal::{Entry, Journal, Stage};
@@ -36,6 +36,7 @@ pub fn revert(
         sites: Vec::new(),
         stops_ns: Vec::new(),
         disturbed: Vec::new(),
+        signals: None,
         journal: None,
     };
     let windows = windows(present, callee);
@@ -45,7 +46,8 @@ pub fn revert(
         .iter()
         .zip(&present.gates)
         .any(|(g, on)| *on && g.callee == callee);
-    if windows.is_empty() && !open_gate {
+    let signals = present.armed && !others_are_guarded(present, callee);
+    if windows.is_empty() && !open_gate && !signals {
         receipt.nothing = foreign.is_none();
         return Ok(told(receipt, foreign.as_ref()));
     }
@@ -71,6 +73,10 @@ pub fn revert(
             hit(faults::REVERT_GATE);
         }
         let settle = |receipt: &mut RevertReceipt| {
+            if signals {
+                // The last: a guard that stays passes on what is not its own.
+                receipt.signals = Some(guard::give_back(&process, manifest, limits, receipt));
+            }
             if let Err(error) = write(Stage::Settled) {
                 receipt.journal = Some(error.0);
             }
@@ -156,6 +162,15 @@ fn open_edges<'a>(present: &'a Present, callee: &str) -> Vec<&'a str> {
         .filter(|(g, on)| **on && !g.replaced && g.callee != callee)
         .map(|(g, _)| g.callee.as_str())
         .collect()
+}
+
+/// Whether calls of another edge run guarded.
+fn others_are_guarded(present: &Present, callee: &str) -> bool {
+    let open = open_edges(present, callee);
+    let grafts = present.manifest.grafts.iter().zip(&present.guards);
+    grafts
+        .filter(|(g, guarded)| **guarded && !g.replaced)
+        .any(|(g, _)| open.contains(&g.callee.as_str()))
 }
 
 fn restore(

@@ -8,10 +8,10 @@ use nightgraft_bridge::abi;
 
 use super::dynamic;
 use super::fresh::{fresh, imports_found};
-use super::{PatchPlan, Store, Unfused};
+use super::{PatchPlan, Store, Unfused, Wanted, guard};
 use crate::analyses::Analyses;
 use crate::code::{CodeMap, Live, Site, Window};
-use crate::effects::{self, Allowance, Effect};
+use crate::effects::{self, Effect};
 use crate::elf::{Image, hex};
 use crate::load;
 use crate::manifest::{GraftRecord, Manifest, Present, RECORD_FORMAT, WindowRecord};
@@ -45,9 +45,9 @@ pub struct Input<'a> {
     pub invoke: &'a Result<u64, Refused>,
     /// The caller's worker, as it is now.
     pub live: &'a dyn Live,
-    /// What the callee may touch that is the caller's. The plan is made
-    /// whatever it touches, and says what would have to be allowed.
-    pub allowed: Allowance,
+    /// What is asked for. The plan is made whatever the callee touches, and
+    /// says what would have to be allowed.
+    pub wanted: Wanted,
     /// Analyses of code, which are the same whenever they are made.
     pub analyses: &'a Analyses,
 }
@@ -61,6 +61,9 @@ pub fn plan(input: &Input<'_>) -> Result<PatchPlan, Refused> {
     load::same_c_library(input.caller, input.callee)?;
     load::check(&callee.path, &callee.image)?;
     load::check_exports(&callee.path, &callee.image)?;
+    if input.wanted.guard {
+        guard::check(input.caller, input.callee)?;
+    }
     let parent = parent(input)?;
     let sites = match parent {
         0 => usable_sites(input)?,
@@ -231,7 +234,8 @@ fn again(
         .map(|(_, w)| w.clone())
         .collect();
     // The gate is stored after everything else that is not a window.
-    let already = windows.is_empty() && present.gates[index];
+    let guarded = present.guards[index];
+    let already = windows.is_empty() && present.gates[index] && guarded == input.wanted.guard;
     Ok(PatchPlan {
         already,
         build_id: graft.build_id.clone(),
@@ -239,7 +243,8 @@ fn again(
             Vec::new()
         } else {
             let found = imports_found(input.caller, manifest.worker);
-            [found, stores(&manifest, graft)].concat()
+            let call = guard::store(&manifest, graft, input.wanted.guard)?;
+            [found, vec![call], stores(&manifest, graft)].concat()
         },
         windows: in_order(windows),
         gate: manifest.gate(graft),
@@ -316,6 +321,7 @@ pub(super) fn base(input: &Input<'_>, manifest: Manifest) -> PatchPlan {
         unfused: Vec::new(),
         through_routine: Vec::new(),
         gate: 0,
+        guarded: input.wanted.guard,
         effects: effects_of(input),
         manifest,
         slot: 1,
@@ -326,7 +332,7 @@ pub(super) fn base(input: &Input<'_>, manifest: Manifest) -> PatchPlan {
 fn effects_of(input: &Input<'_>) -> Vec<Effect> {
     // A list that is not consistent was refused before.
     let private = load::private_libraries(input.callee).unwrap_or_default();
-    effects::of_function(input.callee, &private, input.allowed)
+    effects::of_function(input.callee, &private, input.wanted.allowed)
 }
 
 pub(super) fn other_slot(present: Option<&Present>) -> u8 {

@@ -20,7 +20,7 @@ use super::images::{self, Records};
 use super::layout::{self, Area, GraftFields, WorkerFields};
 use super::led::Led;
 use super::unwind;
-use super::{Access, Mapping, Part, PatchPlan, Store, modes, placement};
+use super::{Access, Mapping, Part, PatchPlan, Store, guard, modes, placement};
 use crate::code::{Site, Tail, Window};
 use crate::load::interpose::{self, module_at};
 use crate::load::{self, Given, GivenTls, Loaded, Meaning, Place, Scope};
@@ -204,6 +204,8 @@ struct Data {
     area: Area,
     stub_eh_frame: u64,
     graft: u64,
+    /// The image's `faas_func_call`.
+    function: u64,
     worker: u64,
     sites: Vec<u64>,
     bridge: BridgeAddresses,
@@ -232,7 +234,7 @@ impl Draft<'_> {
                     symbol: name.into(),
                 })
         };
-        let given = TLS_EXPORTS.into_iter();
+        let given = TLS_EXPORTS.into_iter().chain([guard::ROUTINE]);
         let given = given.chain(interpose::FUNCTIONS.iter().map(|f| f.export));
         Ok(BridgeAddresses {
             enter: export("ng_enter")?,
@@ -315,10 +317,16 @@ impl Draft<'_> {
                 })
         };
         let edges = offset_of!(abi::Control, edges) + self.index * size_of::<abi::SharedEdge>();
+        let function = own("faas_func_call")?;
         GraftFields {
             shared: control + edges as u64,
             worker,
-            call: own("faas_func_call")?,
+            call: if self.input.wanted.guard {
+                given(&bridge, guard::ROUTINE)?
+            } else {
+                function
+            },
+            function,
             name,
             faas_init: own("faas_init")?,
             faas_create: own("faas_create_func_worker")?,
@@ -374,6 +382,7 @@ impl Draft<'_> {
             area,
             stub_eh_frame,
             graft,
+            function,
             worker,
             sites,
             bridge,
@@ -563,6 +572,7 @@ impl Draft<'_> {
             dependencies: dependencies(input.callee)?,
             library: callee.path.clone(),
             graft: data.graft,
+            call: data.function,
             index: self.index,
             slot: self.slot(),
             image: places.image,

@@ -114,7 +114,9 @@ impl WorkerFields {
 pub(super) struct GraftFields {
     pub(super) shared: u64,
     pub(super) worker: u64,
+    /// What a call calls: `function`, or the bridge's routine for guarded ones.
     pub(super) call: u64,
+    pub(super) function: u64,
     pub(super) name: u64,
     pub(super) faas_init: u64,
     pub(super) faas_create: u64,
@@ -133,6 +135,7 @@ impl GraftFields {
             (offset_of!(Graft, shared), self.shared),
             (offset_of!(Graft, worker), self.worker),
             (offset_of!(Graft, call), self.call),
+            (offset_of!(Graft, function), self.function),
             (offset_of!(Graft, name), self.name),
             (offset_of!(Graft, faas_init), self.faas_init),
             (offset_of!(Graft, faas_create), self.faas_create),

@@ -14,6 +14,7 @@
 mod build;
 mod dynamic;
 mod fresh;
+mod guard;
 mod images;
 mod layout;
 mod led;
@@ -24,11 +25,30 @@ mod unwind;
 
 use serde::{Deserialize, Serialize};
 
-use crate::effects::{self, Effect};
+use crate::effects::{self, Allowance, Effect};
 use crate::manifest::{Manifest, Region, WindowRecord, hex_bytes};
 use crate::refused::Refused;
 
 pub use build::{Input, analyse, plan};
+pub(crate) use guard::ROUTINE as GUARDED;
+
+/// What is asked of a patch besides its edge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wanted {
+    /// What the callee may touch that is the caller's.
+    pub allowed: Allowance,
+    /// Calls are to be guarded against crashes of the callee.
+    pub guard: bool,
+}
+
+impl From<Allowance> for Wanted {
+    fn from(allowed: Allowance) -> Wanted {
+        Wanted {
+            allowed,
+            guard: false,
+        }
+    }
+}
 
 /// How a part is mapped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,6 +156,9 @@ pub struct PatchPlan {
     pub through_routine: Vec<Unfused>,
     /// The edge's gate.
     pub gate: u64,
+    /// Its calls are guarded against crashes of the callee.
+    #[serde(default)]
+    pub guarded: bool,
     /// What the callee may touch that is the caller's.
     pub effects: Vec<Effect>,
     /// The record as it will be.

@@ -334,6 +334,7 @@ mod tests {
             dependencies: String::new(),
             library: "/functions/libbar.so".into(),
             graft: 0x20_5000,
+            call: 0x20_a010,
             index,
             slot: index,
             image: REGION,

@@ -59,6 +59,7 @@ impl Bench {
             engine: None,
             canary_wait_ms,
             allow_effects: Vec::new(),
+            guard: false,
         })
     }
 

@@ -360,6 +360,7 @@ fn allowing(words: &[&str]) -> PatchRequest {
         engine: None,
         canary_wait_ms: 2_000,
         allow_effects: words.iter().map(|word| (*word).to_owned()).collect(),
+        guard: false,
     }
 }
 

@@ -49,6 +49,10 @@ fn what_is_quarantined_is_not_patched_until_it_is_lifted() {
             .was
     };
     assert_eq!(lift(), Some(quarantined(engine)));
+    // A crash that a worker outlived is in its counters still.
+    let log = bench.grafter.log();
+    assert_eq!(log.len(), 2, "{log:?}");
+    assert!(log.iter().all(|line| line.starts_with("forget Bar in ")));
     assert_eq!(lift(), None);
     assert_eq!(bench.patch().unwrap().not_fused(), 0);
 }

@@ -1,6 +1,13 @@
 // Callees and callers for the tests of unwinding, as compiled code has them.
+#include <exception>
+#include <fcntl.h>
 #include <pthread.h>
 #include <setjmp.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 #include <stdexcept>
 #include <string>
 #include <unwind.h>
@@ -95,4 +102,85 @@ int throwing_create(void *, void *, void *, void **) { throw 7; }
 
 // What generated code in the tests calls.
 void thrower(void) { throw Thrown(); }
+
+// What a guarded callee can do wrong, by the first byte of its input.
+static volatile int zero;
+static char *volatile nowhere;
+static void (*volatile target)();
+void ***recovery; // where the bridge keeps its stack pointer
+
+static int compare(const void *, const void *) { return *nowhere; }
+
+__attribute__((noinline)) static int deeper(const volatile char *above) {
+    volatile char frame[512];
+    frame[0] = above[0];
+    return deeper(frame) + frame[0];
+}
+
+static void *in_a_thread(void *) {
+    *nowhere = 1;
+    return nullptr;
+}
+
+struct Crashes {
+    ~Crashes() { *nowhere = 1; }
+};
+
+// Whether this thread catches or throws anything.
+int exceptions() { return (std::current_exception() != nullptr) + 2 * std::uncaught_exceptions(); }
+
+// Its frame is known by rbp alone, and that is gone.
+__attribute__((noinline)) static int loses_its_frame(size_t len) {
+    volatile char *room = (volatile char *)__builtin_alloca(len + 16);
+    room[0] = 0;
+    asm volatile("mov $0x10, %%ebp; ud2" ::: "memory");
+    return room[0];
+}
+
+int crashing(void *handle, const char *input, size_t len) {
+    append(handle, input, len);
+    switch (*input) {
+    case '0': *nowhere = 1; break;
+    case 'd': return 5 / zero;
+    case 'u': __builtin_trap();
+    case 'b': {
+        int fd = memfd_create("b", 0);
+        auto at = (volatile char *)mmap(nullptr, 4096, PROT_READ, MAP_SHARED, fd, 0);
+        return at[0];
+    }
+    case 'p': asm volatile("mov $0x8000000000000000, %%rax; mov (%%rax), %%al" ::: "rax"); break;
+    case 's': return deeper(input);
+    case 'n': target = nullptr; target(); break;
+    case 'w': target = (void (*)())0x10; target(); break;
+    case 'k':
+        asm volatile("xor %%ebx, %%ebx; mov %%rbx, %%r12; mov %%rbx, %%r13; mov %%rbx, %%r14;"
+                     "mov %%rbx, %%r15; xor %%ebp, %%ebp; fld1; fld1; fld1; std; ud2" ::: "memory");
+        break;
+    case 'm': _mm_setcsr(_mm_getcsr() | 0x8000); *nowhere = 1; break;
+    case 'q': {
+        int all[2] = {1, 2};
+        qsort(all, 2, sizeof all[0], compare);
+        break;
+    }
+    case 'l': return strlen(nowhere);
+    case 't': {
+        pthread_t thread;
+        pthread_create(&thread, nullptr, in_a_thread, nullptr);
+        pthread_join(thread, nullptr);
+        break;
+    }
+    case 'e': atexit([] { *nowhere = 1; }); exit(0);
+    case 'j': {
+        // Moves the stack: nothing leads from there to the call.
+        static char other[4096] __attribute__((aligned(16)));
+        asm volatile("mov %0, %%rsp; ud2" ::"r"(other + 2048));
+        break;
+    }
+    case 'D': try { Crashes crashes; throw 1; } catch (int) {} break;
+    case 'g': (*recovery)[2] = nullptr; *nowhere = 1; break;
+    case 'r': return loses_its_frame(len);
+    case 'c': try { throw 1; } catch (int) { *nowhere = 1; } break;
+    }
+    return 0;
+}
 }

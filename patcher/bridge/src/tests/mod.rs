@@ -3,6 +3,7 @@
 
 mod call;
 mod dl;
+mod guard;
 mod image;
 mod legacy;
 mod state;

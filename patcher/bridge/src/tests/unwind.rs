@@ -18,7 +18,7 @@ static RPCS: AtomicU64 = AtomicU64::new(0);
 
 /// A site's stub: in place of `invoke_func`.
 #[unsafe(naked)]
-unsafe extern "C" fn site(
+pub(super) unsafe extern "C" fn site(
     context: *mut c_void,
     name: *const c_char,
     input: *const u8,
@@ -43,7 +43,7 @@ unsafe extern "C" fn rpc(_: u64, _: u64, _: u64, _: u64, _: u64, _: u64) -> c_in
     -2
 }
 
-fn call(input: &str) -> (c_int, Option<Vec<u8>>) {
+pub(super) fn call(input: &str) -> (c_int, Option<Vec<u8>>) {
     let (mut output, mut len) = (core::ptr::dangling::<u8>(), 1_usize);
     // SAFETY: the stub does what `invoke_func` does.
     let result = unsafe {
@@ -64,7 +64,7 @@ fn call(input: &str) -> (c_int, Option<Vec<u8>>) {
 }
 
 /// A world whose bridge is the image, and whose callee is the C++ one.
-fn world() -> World {
+pub(super) fn world() -> World {
     // Before the records: its libraries' functions are among the imports.
     let functions = functions();
     let world = World::new(&[crate::abi::Tls::default()]);
@@ -89,7 +89,7 @@ fn world() -> World {
 }
 
 /// First call and, once they are through, the state of the initialisers.
-fn first_call(world: &World) -> u8 {
+pub(super) fn first_call(world: &World) -> u8 {
     assert_eq!(call("a").0, -2);
     loop {
         match world.graft.state.load(SeqCst) {
@@ -107,12 +107,12 @@ fn ready() -> World {
     world
 }
 
-fn idle(world: &World) {
+pub(super) fn idle(world: &World) {
     assert_eq!(world.graft.busy.get(), 0);
     assert_eq!(world.worker.active.get(), 0);
 }
 
-fn counts(world: &World) -> (u64, u64, u64) {
+pub(super) fn counts(world: &World) -> (u64, u64, u64) {
     let shared = world.shared;
     (
         shared.entered.load(SeqCst),
