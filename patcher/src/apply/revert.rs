@@ -283,6 +283,7 @@ mod tests {
                     dependencies: String::new(),
                     library: String::new(),
                     graft: 0,
+                    call: 0,
                     index: 0,
                     slot: 0,
                     image: region,
@@ -293,6 +294,8 @@ mod tests {
             live: vec![filler.to_vec(), call.to_vec()],
             states: vec![0],
             gates: vec![true],
+            guards: vec![false],
+            armed: false,
             seen: Vec::new(),
         }
     }

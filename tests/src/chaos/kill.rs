@@ -81,8 +81,8 @@ impl Chaos<'_> {
             .dies(&stage.state, scenario.act, &stage.function, arm)?;
         // Later hits depend on what else goes on in the worker, and a journal
         // that others have written to need not grow.
-        let certain = hit == 1
-            && (!point.starts_with("journal-file::") || scenario.journal == Journal::New);
+        let certain =
+            hit == 1 && (!point.starts_with("journal-file::") || scenario.journal == Journal::New);
         ensure!(died || !certain, "the point was not passed");
         if died {
             self.report.kills += 1;
@@ -151,11 +151,7 @@ impl Chaos<'_> {
         agent.health()?;
         drop(agent);
         // Nobody was ended where the point was passed less often.
-        let victim = if ended {
-            Victim::Worker
-        } else {
-            Victim::Agent
-        };
+        let victim = if ended { Victim::Worker } else { Victim::Agent };
         self.look(stage, scenario, &victim)
     }
 
