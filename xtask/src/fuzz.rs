@@ -304,7 +304,9 @@ fn keep(places: &Places, target: &str) -> Result<()> {
     let _ = fs::remove_dir_all(&fresh);
     fs::create_dir_all(&fresh)?;
     let mut command = places.command(target);
-    command.arg("-set_cover_merge=1").arg(&fresh).arg(&kept);
+    // By the edges alone: what loops how often is found again quickly.
+    command.args(["-set_cover_merge=1", "-use_counters=0"]);
+    command.arg(&fresh).arg(&kept);
     command.arg(places.found(target)?);
     command.stderr(File::create(
         places.work.join(format!("{target}.keep.log")),
