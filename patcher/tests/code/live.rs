@@ -6,7 +6,7 @@ use std::ffi::{CString, c_char, c_int, c_void};
 use std::path::Path;
 use std::sync::Mutex;
 
-use nightgraft_patcher::code::{CodeMap, Tail, Window};
+use nightgraft_patcher::code::{CodeMap, StubError, Tail, Window};
 
 /// One of these is at the start of each site's record.
 pub(crate) type Counter = u64;
@@ -160,7 +160,7 @@ impl Live {
             info
         };
         live.bias = info.dli_fbase as u64;
-        live.island = island_near(live.bias);
+        live.island = island_near(live.bias, ISLAND);
         live
     }
 
@@ -203,7 +203,7 @@ impl Live {
 
     fn reserve(&mut self) -> u64 {
         let at = self.island + self.used;
-        self.used += 256;
+        self.used += STUB;
         assert!(self.used <= ISLAND);
         at
     }
@@ -215,11 +215,7 @@ impl Live {
             let window = site.window.expect("checked before");
             let record = Box::new(0);
             let at = self.reserve();
-            let tail = Tail::Bridge {
-                site_record: &raw const *record as u64,
-                bridge_entry: code_test_bridge_entry as *const () as u64,
-            };
-            self.graft(&window, at, &tail);
+            self.graft(&window, at, &counting(&record));
             self.sites.push((window, record));
         }
         let window = map.entry_window("faas_func_call").expect("checked before");
@@ -234,18 +230,8 @@ impl Live {
     }
 
     fn graft(&self, window: &Window, at: u64, tail: &Tail) {
-        let stub = window.stub(self.bias, at, tail).expect("a stub in reach");
-        assert!(stub.bytes.len() <= 256);
-        write_code(at, &stub.bytes);
-        let after = window.after(self.bias, at).expect("a stub in reach");
-        assert_eq!(after.len(), window.before.len());
-        let start = self.bias + window.start.0;
-        assert_eq!(
-            read_code(start, after.len()),
-            window.before,
-            "file and memory"
-        );
-        write_code(start, &after);
+        let all = lead(window, self.bias, at, tail).expect("a stub in reach");
+        write_all(&all);
     }
 
     pub(crate) fn set_hook(&mut self, on: bool) {
@@ -266,7 +252,7 @@ impl Live {
     pub(crate) fn revert(&mut self) {
         let windows = self.sites.iter().map(|s| &s.0);
         for window in windows.chain(self.entry.iter().map(|e| &e.0)) {
-            write_code(self.bias + window.start.0, &window.before);
+            write_all(&original(window, self.bias));
         }
     }
 }
@@ -296,6 +282,60 @@ pub(crate) fn hook_was_told(live: &Live) -> bool {
     }
 }
 
+/// Code to be written: where, and what.
+pub(crate) type Write = (u64, Vec<u8>);
+
+/// Bytes between two stubs.
+pub(crate) const STUB: u64 = 256;
+
+/// What leads a window of a library to a stub, in the order in which it is to
+/// be written, if a stub there can do it.
+pub(crate) fn lead(
+    window: &Window,
+    bias: u64,
+    at: u64,
+    tail: &Tail,
+) -> Result<Vec<Write>, StubError> {
+    let stub = window.stub(bias, at, tail)?;
+    assert!(stub.bytes.len() as u64 <= STUB);
+    let mut all = vec![(at, stub.bytes)];
+    let hop = window.hop_after(bias, at).expect("a stub in reach");
+    if let (Some(hop), Some(after)) = (&window.hop, hop) {
+        all.push((bias + hop.at.0, after));
+    }
+    let after = window.after(bias, at).expect("a stub in reach");
+    all.push((bias + window.start.0, after));
+    for ((at, before), (_, after)) in original(window, bias).iter().zip(all.iter().rev()) {
+        assert_eq!(after.len(), before.len());
+        let found = read_code(*at, before.len());
+        assert_eq!(found, *before, "file and memory");
+    }
+    Ok(all)
+}
+
+/// What takes a window out again, in order.
+pub(crate) fn original(window: &Window, bias: u64) -> Vec<Write> {
+    let hop = window.hop.as_ref();
+    let hop = hop.map(|hop| (bias + hop.at.0, hop.before.clone()));
+    let own = (bias + window.start.0, window.before.clone());
+    [own].into_iter().chain(hop).collect()
+}
+
+/// Writes code, a page at a time.
+pub(crate) fn write_all(all: &[Write]) {
+    for (at, bytes) in all {
+        write_code(*at, bytes);
+    }
+}
+
+/// A tail that counts in `counter` and goes on.
+pub(crate) fn counting(counter: &Counter) -> Tail {
+    Tail::Bridge {
+        site_record: std::ptr::from_ref(counter) as u64,
+        bridge_entry: code_test_bridge_entry as *const () as u64,
+    }
+}
+
 fn read_code(at: u64, length: usize) -> Vec<u8> {
     // SAFETY: the window lies in the mapped library.
     unsafe { std::slice::from_raw_parts(at as *const u8, length).to_vec() }
@@ -316,15 +356,15 @@ fn write_code(at: u64, bytes: &[u8]) {
     }
 }
 
-/// Maps an island within ±1 GiB of a library.
-fn island_near(bias: u64) -> u64 {
+/// Maps an island below a library, within 1 GiB.
+pub(crate) fn island_near(bias: u64, size: u64) -> u64 {
     for step in 1..512 {
         let hint = (bias & !(PAGE - 1)) - step * (2 << 20);
         // SAFETY: MAP_FIXED_NOREPLACE takes no memory that is in use.
         let mapped = unsafe {
             libc::mmap(
                 hint as *mut c_void,
-                ISLAND as usize,
+                size as usize,
                 libc::PROT_READ,
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE,
                 -1,
