@@ -230,7 +230,8 @@ fn again(
         .windows
         .iter()
         .enumerate()
-        .filter(|(i, w)| !present.in_place(*i) && (w.serves_all() || w.passed_by(input.name)))
+        .filter(|(i, _)| !present.in_place(*i) && !present.is_gone(*i))
+        .filter(|(_, w)| w.serves_all() || w.passed_by(input.name))
         .map(|(_, w)| w.clone())
         .collect();
     // The gate is stored after everything else that is not a window.

@@ -25,7 +25,7 @@ use crate::code::{Site, Tail, Window};
 use crate::load::interpose::{self, module_at};
 use crate::load::{self, Given, GivenTls, Loaded, Meaning, Place, Scope};
 use crate::manifest::{
-    BridgeAddresses, GraftRecord, Manifest, RECORD_FORMAT, Region, WindowRecord,
+    BridgeAddresses, GraftRecord, Manifest, Present, RECORD_FORMAT, Region, WindowRecord,
 };
 use crate::refused::Refused;
 use crate::room;
@@ -585,7 +585,8 @@ impl Draft<'_> {
             .enumerate()
             .filter(|(i, w)| {
                 let ours = w.serves_all() || w.passed_by(input.name);
-                ours && !input.present.is_some_and(|p| p.in_place(*i))
+                let there = |p: &Present| p.in_place(*i) || p.is_gone(*i);
+                ours && !input.present.is_some_and(there)
             })
             .map(|(_, w)| w.clone())
             .collect();
