@@ -222,7 +222,7 @@ fn find_moves(
 /// What no thread may be strictly inside of. A jump in filler has no original
 /// that its start could stand for.
 fn span(window: &WindowRecord) -> Span {
-    let start = window.address - u64::from(window.hop_of != 0);
+    let start = (window.address).saturating_sub(u64::from(window.hop_of != 0));
     (start, window.end())
 }
 

@@ -177,6 +177,14 @@ fn a_call_that_is_a_branch_target_hops_through_filler() {
     let into = [0x74, 0x02 + 2];
     entered_filler.splice(end as usize - 2..end as usize - 2, into);
     assert!(followed(&entered_filler, &nops).is_err(), "it is entered");
+    // A slide: the filler's end less something, to which a jump leads.
+    for (jump, slides) in [(&[0xff, 0xe1][..], true), (&[0xeb, 0xfe], false)] {
+        let mut slide = code.clone();
+        slide.extend(jump);
+        slide.resize(slide.len().next_multiple_of(8) + 8, 0x90);
+        slide.extend([0x31, 0xc0, 0xc3]);
+        assert_eq!(followed(&slide, &[]).is_err(), slides);
+    }
     // Bytes that are read: movups xmm0, [the filler], and others.
     for (before, is_read) in [(0, true), (32, false)] {
         let mut constant = code.clone();

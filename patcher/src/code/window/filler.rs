@@ -37,13 +37,16 @@ pub(super) fn hop(code: &Code<'_>, from: u64, taken: &[(u64, u64)]) -> Option<Ho
             if run.takes(i) {
                 continue;
             }
-            if let Some(at) = room(code, &run, &reach, taken) {
+            // The same function goes on.
+            let slide = run.computed && extent.function;
+            if let Some(at) = room(code, &run, &reach, taken).filter(|_| !slide) {
                 return Some(at);
             }
             run = Run {
                 start: i.next_ip(),
                 end: i.next_ip(),
                 dead: leaves(i) && (extent.function || run.dead && run.end == i.ip()),
+                computed: i.flow_control() == FlowControl::IndirectBranch,
             };
         }
     }
@@ -65,6 +68,9 @@ struct Run {
     end: u64,
     /// Nothing falls through to it.
     dead: bool,
+    /// It follows a jump through a pointer, which may lead anywhere into it
+    /// where it is a slide.
+    computed: bool,
 }
 
 impl Run {
