@@ -8,12 +8,23 @@ mod hostile;
 use std::fs;
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
+use std::sync::{PoisonError, RwLock};
 
 use anyhow::{Context, Result, ensure};
 use hostile::{Stage, foo_with};
 use nightgraft_testbed::fixtures::{self, Compiler};
 use nightgraft_testbed::{Agent, FunctionSpec, Node, NodeSpec};
 use serde_json::Value;
+
+/// An agent that starts puts all workers in order that it sees, the other
+/// tests' as well; and to one that did not patch it, a worker whose library was
+/// closed and opened again is fused in part.
+static STARTING: RwLock<()> = RwLock::new(());
+
+fn agent() -> Result<Agent> {
+    let _starting = STARTING.read().unwrap_or_else(PoisonError::into_inner);
+    Agent::start()
+}
 
 fn library(name: &str) -> Result<PathBuf> {
     fixtures::compile(name, Compiler::Gcc, &["-O2"])
@@ -106,7 +117,7 @@ fn others_write(caller: PathBuf, least: usize) -> Result<()> {
         FunctionSpec::new("Bar", 1, library("bar.c")?),
         FunctionSpec::new("Foo", 2, caller),
     ]))?;
-    let agent = Agent::start()?;
+    let agent = agent()?;
     let stage = Stage::new(&node, &agent, "Foo")?;
     stage.serves()?;
     let windows = windows(&stage)?;
@@ -235,6 +246,7 @@ fn a_library_that_is_closed_after_it_was_patched() -> Result<()> {
         FunctionSpec::new("Bar", 1, library("bar.c")?),
         foo,
     ]))?;
+    let _nobody = STARTING.write().unwrap_or_else(PoisonError::into_inner);
     let agent = Agent::start()?;
     let stage = Stage::new(&node, &agent, "Foo")?;
     let hello = "Foo:olleh|4f9f2cab|6c";
@@ -341,7 +353,7 @@ fn text_that_was_moved_to_huge_pages() -> Result<()> {
         FunctionSpec::new("Bar", 1, library("bar.c")?),
         FunctionSpec::new("Foo", 2, foo_with(HUGE)?),
     ]))?;
-    let agent = Agent::start()?;
+    let agent = agent()?;
     let stage = Stage::new(&node, &agent, "Foo")?;
     stage.serves()?;
     ensure!(stage.ask("move")? == "moved");
@@ -422,7 +434,7 @@ fn threads_of_the_callee_with_the_least_stack_that_there_is() -> Result<()> {
         FunctionSpec::new("Bar", 1, bar),
         FunctionSpec::new("Foo", 2, foo_with(BESIDE)?),
     ]))?;
-    let agent = Agent::start()?;
+    let agent = agent()?;
     let stage = Stage::new(&node, &agent, "Foo")?;
     for _ in 0..3 {
         stage.works()?;
