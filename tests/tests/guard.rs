@@ -647,7 +647,10 @@ fn a_guard_comes_and_goes_with_the_patch_that_asks_for_it() -> Result<()> {
     // A call under way keeps the guard where it is.
     std::thread::scope(|scope| -> Result<()> {
         let slow = scope.spawn(|| node.call("Foo", b"slow 1500 ms"));
-        std::thread::sleep(Duration::from_millis(300));
+        until("the call is under way", || {
+            let grafts = grafts(&agent, &node, "Bar").unwrap_or_default();
+            grafts.iter().any(|g| g["counters"]["in_flight"] == 1)
+        });
         let report = agent.revert(&node, "Foo", "Bar")?;
         let mut said = signals(&report);
         said.sort_unstable();
