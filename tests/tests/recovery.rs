@@ -10,8 +10,9 @@ use anyhow::{Context, Result, ensure};
 use common::{ask, foo_bar_baz};
 use nightgraft_patcher::manifest::{self, Present};
 use nightgraft_patcher::snapshot::{Map, ProcMemory};
+use nightgraft_testbed::fixtures::{self, Compiler};
 use nightgraft_testbed::load::{Load, LoadSpec};
-use nightgraft_testbed::{Agent, Node, WorkerInfo};
+use nightgraft_testbed::{Agent, FunctionSpec, Node, NodeSpec, WorkerInfo};
 use ptrace_shim::{Address, Memory, Process};
 
 fn present(worker: &WorkerInfo) -> Result<Present> {
@@ -45,6 +46,96 @@ fn comes_back(agent: &Agent, node: &Node, worker: &WorkerInfo) -> Result<()> {
     ensure!((0..now.live.len()).all(|window| !now.in_place(window)));
     assert_eq!(ask(node, "Foo", "hello"), "Foo:olleh|4f9f2cab|6c");
     Ok(())
+}
+
+/// A caller whose call something branches to: it becomes a short jump to filler.
+const HOPS: &str = r#"
+#include "lifecycle.h"
+
+__asm__(".text\n"
+        ".p2align 4\n"
+        ".type meet, @function\n"
+        "meet:\n"
+        "    .cfi_startproc\n"
+        "    push %rbx\n"
+        "    .cfi_def_cfa_offset 16\n"
+        "    mov %rdi, %rax\n"
+        "    mov %rsi, %rdi\n"
+        "    lea bars_name(%rip), %rsi\n"
+        "    cmpb $'1', (%rdx)\n"
+        "    je 1f\n"
+        "    mov $5, %ecx\n"
+        "1:  call *%rax\n"
+        "    pop %rbx\n"
+        "    .cfi_def_cfa_offset 8\n"
+        "    ret\n"
+        "    .cfi_endproc\n"
+        "    .p2align 4\n"
+        "    .p2align 5\n"
+        ".size meet, . - meet\n"
+        ".section .rodata.name, \"a\"\n"
+        "bars_name: .asciz \"Bar\"\n"
+        ".text\n");
+
+int meet(invoke_func_fn invoke, void *context, const char *input, size_t length,
+         const char **output, size_t *output_length);
+
+int faas_func_call(void *worker, const char *input, size_t length) {
+    struct context *ctx = worker;
+    const char *output;
+    size_t output_length;
+    if (length == 0 ||
+        meet(ctx->invoke, ctx->caller_context, input, length, &output, &output_length) != 0) {
+        return -1;
+    }
+    ctx->append(ctx->caller_context, output, output_length);
+    return 0;
+}
+"#;
+
+#[test]
+fn a_jump_to_filler_that_nothing_takes_yet_is_undone() -> Result<()> {
+    let caller = fixtures::compile_text("hops", HOPS, Compiler::Gcc, &["-O2"])?;
+    let bar = fixtures::compile("bar.c", Compiler::Gcc, &["-O2"])?;
+    let node = Node::start(NodeSpec::new(vec![
+        FunctionSpec::new("Bar", 1, bar),
+        FunctionSpec::new("Foo", 2, caller),
+    ]))?;
+    let answers = || assert_eq!(ask(&node, "Foo", "hello"), "olleh|4f9f2cab|6c");
+    answers();
+    let first = tempfile::tempdir()?;
+    let mut agent = Agent::start_in(first.path())?;
+    agent.patch(&node, "Foo", "Bar")?;
+    answers();
+    agent.kill()?;
+    let worker = node.workers("Foo")?.pop().context("no worker")?;
+    let before = present(&worker)?;
+    let windows = &before.manifest.windows;
+    let hop = windows
+        .iter()
+        .find(|w| w.hop_of != 0)
+        .context("no filler")?;
+    let window = windows.iter().find(|w| w.address == hop.hop_of);
+    let window = window.context("no window")?;
+    // As it is between the two writes of a commit, and of a revert.
+    write(&worker, window.address, &window.before)?;
+    answers();
+    // Another directory: nothing tells what was under way. (Another test's agent
+    // may have been there first.)
+    let second = tempfile::tempdir()?;
+    let heir = Agent::start_in(second.path())?;
+    let now = present(&worker)?;
+    ensure!((0..now.live.len()).all(|i| now.live[i] == now.manifest.windows[i].before));
+    answers();
+    heir.patch(&node, "Foo", "Bar")?;
+    let fused = heir.fused_calls(&node, "Foo", "Bar")?;
+    answers();
+    ensure!(heir.fused_calls(&node, "Foo", "Bar")? == fused + 1);
+    heir.revert(&node, "Foo", "Bar")?;
+    let now = present(&worker)?;
+    ensure!((0..now.live.len()).all(|i| now.live[i] == now.manifest.windows[i].before));
+    answers();
+    node.stop()
 }
 
 /// A worker that is fused by an agent that is gone.
