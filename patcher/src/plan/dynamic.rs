@@ -1,8 +1,8 @@
 //! What a plan needs beyond the sites with a constant name.
 //!
 //! ```text
-//!  a site without a window, or no site known ─► the entry of the worker's own
-//!                                               routine, below its executable
+//!  a site without a window, no site known,   ─► the entry of the worker's own
+//!  or a name that is computed elsewhere          routine, below its executable
 //!  calls seen at that entry                  ─► their sites, each near its library
 //!  names of all grafts                       ─► the bridge's table
 //! ```
@@ -49,7 +49,13 @@ pub(super) fn complete(
     plan: &mut PatchPlan,
 ) -> Result<(), Refused> {
     let before = plan.manifest.windows.clone();
-    let needed = sites.usable.is_empty() || !sites.unfused.is_empty();
+    // A library may call the callee by a constant at one site and by a name
+    // that only running tells at another, which a site of its own does not lead
+    // anywhere. What it costs is a look at the name in every call that stays an
+    // RPC, until its site has been seen.
+    let needed = sites.usable.is_empty()
+        || !sites.unfused.is_empty()
+        || input.code.may_pass_other_names();
     if needed && !plan.has_routine() {
         match routine(input, plan) {
             Ok(island) => add(plan, island),
