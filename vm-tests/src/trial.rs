@@ -11,6 +11,7 @@
 //! Where nobody may trace (Yama's scope 3) the agent must say just that, and
 //! the workers must be as they were.
 
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -384,11 +385,28 @@ fn refused(options: &Options) -> Result<()> {
 /// ptrace-shim's own tests of stops: threads in every kind of call, signals,
 /// ends, and tracers that are killed at each of their steps.
 fn stops(program: &Path, threads: usize) -> Result<()> {
-    let status = Command::new(program)
+    let mut child = Command::new(program)
         .args(["--test-threads", &threads.to_string()])
         .stdin(Stdio::null())
-        .status()
+        .stdout(Stdio::piped())
+        .spawn()
         .with_context(|| format!("{} cannot be started", program.display()))?;
-    ensure!(status.success(), "ptrace-shim's tests: {status}");
+    let mut failures = String::new();
+    let stdout = child.stdout.take().context("its output is not piped")?;
+    for line in BufReader::new(stdout).lines() {
+        let line = line?;
+        println!("{line}");
+        // What failed and why stands behind this line; a console is not what
+        // people have who read of it somewhere else.
+        if line == "failures:" || !failures.is_empty() {
+            failures.push_str(&line);
+            failures.push('\n');
+        }
+    }
+    let status = child.wait()?;
+    ensure!(
+        status.success(),
+        "ptrace-shim's tests: {status}: {failures}"
+    );
     Ok(())
 }

@@ -53,9 +53,8 @@ pub(super) fn complete(
     // that only running tells at another, which a site of its own does not lead
     // anywhere. What it costs is a look at the name in every call that stays an
     // RPC, until its site has been seen.
-    let needed = sites.usable.is_empty()
-        || !sites.unfused.is_empty()
-        || input.code.may_pass_other_names();
+    let needed =
+        sites.usable.is_empty() || !sites.unfused.is_empty() || input.code.may_pass_other_names();
     if needed && !plan.has_routine() {
         match routine(input, plan) {
             Ok(island) => add(plan, island),
