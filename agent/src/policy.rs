@@ -1,10 +1,12 @@
-//! What edges are allowed, from the agent's configuration file.
+//! What edges are allowed and how they are fused, from the agent's configuration
+//! file.
 //!
 //! ```toml
 //! [[edge]]
 //! caller = "Foo"
 //! callee = "*"                        # any function
 //! allow-effects = ["files", "network"]
+//! guard = true                        # as `patch --guard`, every time
 //! ```
 //!
 //! Names are compared as they are, case and all: functions may differ in
@@ -22,7 +24,7 @@ use crate::grafter::Allowance;
 /// Stands for every function.
 const ANY: &str = "*";
 
-/// What edges are allowed; nothing by default.
+/// What edges are allowed, and whether they are guarded; nothing by default.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Policy {
@@ -39,6 +41,15 @@ struct Edge {
     callee: String,
     #[serde(default, deserialize_with = "allowance")]
     allow_effects: Allowance,
+    #[serde(default)]
+    guard: bool,
+}
+
+impl Edge {
+    fn fits(&self, caller: &str, callee: &str) -> bool {
+        let fits = |pattern: &str, name: &str| pattern == ANY || pattern == name;
+        fits(&self.caller, caller) && fits(&self.callee, callee)
+    }
 }
 
 fn name<'de, D: Deserializer<'de>>(input: D) -> Result<String, D::Error> {
@@ -102,11 +113,17 @@ impl Policy {
     /// What an edge is allowed.
     #[must_use]
     pub fn allowed(&self, caller: &str, callee: &str) -> Allowance {
-        let fits = |pattern: &str, name: &str| pattern == ANY || pattern == name;
         self.edge
             .iter()
-            .filter(|edge| fits(&edge.caller, caller) && fits(&edge.callee, callee))
+            .filter(|edge| edge.fits(caller, callee))
             .fold(Allowance::NONE, |all, edge| all.and(edge.allow_effects))
+    }
+
+    /// Whether an edge's calls are guarded although a patch does not ask for it.
+    #[must_use]
+    pub fn guards(&self, caller: &str, callee: &str) -> bool {
+        let mut edges = self.edge.iter();
+        edges.any(|edge| edge.guard && edge.fits(caller, callee))
     }
 }
 
@@ -153,9 +170,35 @@ mod tests {
     }
 
     #[test]
+    fn edges_are_guarded_that_one_of_them_guards() {
+        let policy = read(
+            r#"
+            [[edge]]
+            caller = "*"
+            callee = "Bar"
+            guard = true
+            [[edge]]
+            caller = "Foo"
+            callee = "*"
+            guard = false
+            "#,
+        )
+        .unwrap();
+        assert!(policy.guards("Foo", "Bar") && policy.guards("Qux", "Bar"));
+        assert!(!policy.guards("Foo", "bar") && !policy.guards("Foo", "Baz"));
+        assert_eq!(policy.allowed("Foo", "Bar"), Allowance::NONE);
+        let text = wrong("[[edge]]\ncaller = \"Foo\"\ncallee = \"Bar\"\nguard = \"yes\"\n");
+        assert!(
+            text.contains("line 4") && text.contains("boolean"),
+            "{text}"
+        );
+    }
+
+    #[test]
     fn an_empty_file_allows_nothing() {
         assert_eq!(read("# nothing\n").unwrap(), Policy::default());
         assert_eq!(Policy::default().allowed("Foo", "Bar"), Allowance::NONE);
+        assert!(!Policy::default().guards("Foo", "Bar"));
     }
 
     #[test]
@@ -198,5 +241,6 @@ mod tests {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/agent.toml");
         let policy = Policy::read(Path::new(path)).unwrap();
         assert_eq!(policy.allowed("Foo", "Bar").to_string(), "files");
+        assert!(policy.guards("Foo", "Bar"));
     }
 }

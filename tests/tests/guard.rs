@@ -379,6 +379,58 @@ fn what_a_callee_s_own_code_raises_is_one_failed_call() -> Result<()> {
     node.stop()
 }
 
+/// A library of the callee's own, of which the caller gets a copy.
+const PRIVATE: &str = r#"
+__attribute__((visibility("default"))) int private_crash(volatile int *where);
+int private_crash(volatile int *where) {
+    return *where = 1;
+}
+"#;
+
+#[test]
+fn a_crash_in_a_library_that_was_copied_for_the_callee_is_one_failed_call() -> Result<()> {
+    let _alone = alone();
+    let private = text("crashprivate", PRIVATE)?;
+    let bar = BAR
+        .replacen(
+            "static int misbehave(",
+            "int private_crash(volatile int *where);\nstatic int misbehave(",
+            1,
+        )
+        .replacen(
+            "    } else if (is(how, length, \"abort\")) {",
+            "    } else if (is(how, length, \"private\")) {\n        \
+             return private_crash((volatile int *)nowhere);\n    \
+             } else if (is(how, length, \"abort\")) {",
+            1,
+        );
+    let flags = [
+        "-O1",
+        "-pthread",
+        &format!("-Wl,--no-as-needed,{}", private.display()),
+    ];
+    let bar = fixtures::compile_text("privatebar", &bar, Compiler::Gcc, &flags)?;
+    let node = Node::start(NodeSpec::new([
+        FunctionSpec::new("Foo", 1, library("foo.c")?),
+        FunctionSpec::new("Bar", 2, bar),
+    ]))?;
+    let agent = Agent::start()?;
+    let workers = pids(&node)?;
+    guard(&agent, &node, "Bar", SLOW)?;
+    serves(&node)?;
+    let answer = node.call("Foo", b"!private");
+    let answer = answer.with_context(|| node.all_logs())?;
+    ensure!(answer == FAILED, "{:?}", String::from_utf8_lossy(&answer));
+    serves(&node)?;
+    let edge = until_quarantined(&agent, &node, "Bar")?;
+    let how = edge["how"].to_string();
+    let name = private.file_name().context("a name")?.to_string_lossy();
+    ensure!(how.contains("SIGSEGV") && how.contains(&*name), "{how}");
+    ensure!(pids(&node)? == workers, "a worker died");
+    serves(&node)?;
+    node.stop()
+}
+
 #[test]
 fn what_cannot_be_left_soundly_takes_its_worker_along_as_before() -> Result<()> {
     let _alone = alone();
@@ -524,15 +576,22 @@ fn the_caller_keeps_its_signals() -> Result<()> {
 }
 
 #[test]
-fn a_callee_that_changes_signals_itself_is_refused() -> Result<()> {
+fn what_no_guard_could_leave_soundly_is_refused() -> Result<()> {
     let _alone = alone();
-    for (name, line) in [
-        ("sigaction", "sigaction(SIGUSR1, NULL, NULL);"),
-        ("pthread_sigmask", "pthread_sigmask(SIG_BLOCK, NULL, NULL);"),
+    for (name, line, flag) in [
+        ("sigaction", "sigaction(SIGUSR1, NULL, NULL);", "-pthread"),
+        (
+            "pthread_sigmask",
+            "pthread_sigmask(SIG_BLOCK, NULL, NULL);",
+            "-pthread",
+        ),
+        (".eh_frame", "", "-Wl,--no-eh-frame-hdr"),
     ] {
-        let bar = text(
-            &format!("signals-{name}"),
+        let bar = fixtures::compile_text(
+            &format!("signals-{}", name.trim_start_matches('.')),
             &format!("{BAR}\n#include <signal.h>\nvoid change(void) {{ {line} }}\n"),
+            Compiler::Gcc,
+            &["-O1", "-pthread", flag],
         )?;
         let node = Node::start(NodeSpec::new([
             FunctionSpec::new("Foo", 1, library("foo.c")?),
@@ -544,6 +603,17 @@ fn a_callee_that_changes_signals_itself_is_refused() -> Result<()> {
                 .map_err(anyhow::Error::from)
         };
         let before = maps()?;
+        let explain = |guard: &[&str]| {
+            let engine = node.engine_pid().to_string();
+            let words = ["explain", "Foo", "Bar", "--json", "--engine", &engine];
+            agent.ctl(&[&words, guard].concat())
+        };
+        let told = explain(&["--guard"])?;
+        ensure!(
+            told.code == 1 && told.error_code() == "no-guard",
+            "{told:?}"
+        );
+        ensure!(explain(&[])?.code == 0, "{told:?}");
         let (code, refused) = try_guard(&agent, &node, "Bar")?;
         let error = &refused["error"];
         ensure!(code == 1 && error["code"] == "no-guard", "{refused}");

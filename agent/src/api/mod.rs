@@ -5,7 +5,7 @@
 //! | `GET /v1/health` | | [`Health`] |
 //! | `GET /v1/ps` | | [`Ps`] |
 //! | `GET /v1/status` | | [`Status`] |
-//! | `POST /v1/explain` | [`EdgeRequest`] | [`Explanation`] |
+//! | `POST /v1/explain` | [`ExplainRequest`] | [`Explanation`] |
 //! | `POST /v1/patch` | [`PatchRequest`] | [`PatchReport`] |
 //! | `POST /v1/revert` | [`EdgeRequest`] | [`RevertReport`] |
 //! | `POST /v1/unquarantine` | [`EdgeRequest`] | [`UnquarantineReport`] |
@@ -84,6 +84,22 @@ pub struct EdgeRequest {
     pub engine: Option<i32>,
 }
 
+/// Asks what a patch would do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExplainRequest {
+    /// The function that invokes.
+    pub caller: String,
+    /// The function that is invoked.
+    pub callee: String,
+    /// Pid of the engine, where several engines know functions of these names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<i32>,
+    /// Of a patch that guards calls against crashes of the callee.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub guard: bool,
+}
+
 /// Asks for an edge to be fused in all of the caller's workers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -103,7 +119,8 @@ pub struct PatchRequest {
     /// `credentials`, or `all`. The agent's configuration may allow more.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub allow_effects: Vec<String>,
-    /// Calls are to be guarded against crashes of the callee.
+    /// Calls are to be guarded against crashes of the callee. The agent's
+    /// configuration may say so as well.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub guard: bool,
 }

@@ -52,7 +52,14 @@ pub enum Command {
     Status,
     /// Show what patch would do, without touching anything
     #[command(after_help = EXIT_CODES)]
-    Explain(EdgeArgs),
+    Explain {
+        /// The edge.
+        #[command(flatten)]
+        edge: EdgeArgs,
+        /// What patch --guard would do
+        #[arg(long)]
+        guard: bool,
+    },
     /// Fuse a callee into all workers of a caller
     ///
     /// One worker is patched and watched first; if it does not prove well it is
@@ -82,8 +89,9 @@ pub enum Command {
         /// the worker lives on. Not where a shared library's code is in between
         /// or crashes itself, on threads of the callee's own, or in its
         /// initialisers: there it dies as without this. Refused (no-guard) for a
-        /// callee that changes signals itself. Without it a guarded edge's calls
-        /// are guarded no more.
+        /// callee that changes signals itself. Without it, and without a guard
+        /// for the edge in the agent's configuration, a guarded edge's calls are
+        /// guarded no more.
         #[arg(long)]
         guard: bool,
     },

@@ -16,8 +16,8 @@ use serde::Serialize;
 pub use args::{Args, Command};
 
 use crate::api::{
-    self, EdgeRequest, ErrorBody, ErrorInfo, Explanation, Health, PatchReport, PatchRequest, Ps,
-    RevertReport, Status, UnquarantineReport,
+    self, EdgeRequest, ErrorBody, ErrorInfo, ExplainRequest, Explanation, Health, PatchReport,
+    PatchRequest, Ps, RevertReport, Status, UnquarantineReport,
 };
 use crate::client::{Client, ClientError};
 
@@ -113,8 +113,18 @@ async fn ask(args: &Args) -> Result<Output, ClientError> {
             let health: Health = client.get(api::HEALTH, READ_LIMIT).await?;
             Output::new(&health, render::health(&health))
         }
-        Command::Explain(edge) => {
-            let request = EdgeRequest::from(edge);
+        Command::Explain { edge, guard } => {
+            let EdgeRequest {
+                caller,
+                callee,
+                engine,
+            } = EdgeRequest::from(edge);
+            let request = ExplainRequest {
+                caller,
+                callee,
+                engine,
+                guard: *guard,
+            };
             let plan: Explanation = client.post(api::EXPLAIN, &request, READ_LIMIT).await?;
             Output::new(&plan, render::explanation(&plan))
         }

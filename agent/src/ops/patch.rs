@@ -80,7 +80,7 @@ pub fn patch(
             .collect(),
         wanted: Wanted {
             allowed: asked.and(context.policy.allowed(&caller.label(), &callee.label())),
-            guard: request.guard,
+            guard: request.guard || context.policy.guards(&caller.label(), &callee.label()),
         },
         name: name.clone(),
         bound: canary_wait(request.canary_wait_ms),

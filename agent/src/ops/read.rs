@@ -4,14 +4,14 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::{Context, missing_capabilities};
 use crate::api::{
-    Container, Edge, EdgeRequest, EdgeTotals, EdgeWorker, Explanation, Function, FusedEdge, Ps,
-    Status, UnquarantineReport, Worker, WorkerKind,
+    Container, Edge, EdgeRequest, EdgeTotals, EdgeWorker, ExplainRequest, Explanation, Function,
+    FusedEdge, Ps, Status, UnquarantineReport, Worker, WorkerKind,
 };
 use crate::canary::rpc_calls;
 use crate::discover::docker::Description;
 use crate::discover::{self, Node};
 use crate::error::{AgentError, graft_info};
-use crate::grafter::{GraftError, Grafter, Target, WorkerStatus};
+use crate::grafter::{GraftError, Grafter, Target, Wanted, WorkerStatus};
 use crate::select;
 
 /// Functions and workers, with what is fused in each.
@@ -232,7 +232,7 @@ fn totals(workers: &[EdgeWorker]) -> EdgeTotals {
 pub fn explain(
     context: &Context<'_>,
     node: &Node,
-    request: &EdgeRequest,
+    request: &ExplainRequest,
 ) -> Result<Explanation, AgentError> {
     let select::Edge {
         caller,
@@ -246,13 +246,17 @@ pub fn explain(
     notes.extend(mixed_builds(context.grafter, caller, &callers));
     notes.extend(mixed_builds(context.grafter, callee, &callees));
     notes.extend(traced(&callers));
-    let allowed = context.policy.allowed(&caller.label(), &callee.label());
+    let edge = (caller.label(), callee.label());
+    let wanted = Wanted {
+        allowed: context.policy.allowed(&edge.0, &edge.1),
+        guard: request.guard || context.policy.guards(&edge.0, &edge.1),
+    };
     let mut last = None;
     for (caller_worker, caller_target) in &callers {
         for (callee_worker, callee_target) in newest_first(&callees) {
             match context
                 .grafter
-                .explain(caller_target, callee_target, &name, allowed.into())
+                .explain(caller_target, callee_target, &name, wanted)
             {
                 Ok(explained) => {
                     return Ok(Explanation {

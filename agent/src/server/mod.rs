@@ -22,8 +22,9 @@ use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 
 use crate::api::{
-    EXPLAIN, EdgeRequest, ErrorBody, Explanation, HEALTH, Health, PATCH, PS, PatchReport,
-    PatchRequest, Ps, REVERT, RevertReport, STATUS, Status, UNQUARANTINE, UnquarantineReport,
+    EXPLAIN, EdgeRequest, ErrorBody, ExplainRequest, Explanation, HEALTH, Health, PATCH, PS,
+    PatchReport, PatchRequest, Ps, REVERT, RevertReport, STATUS, Status, UNQUARANTINE,
+    UnquarantineReport,
 };
 use crate::canary::SystemClock;
 use crate::discover::docker::{self, DockerSocket};
@@ -261,7 +262,7 @@ async fn status(State(agent): State<Agent>) -> Answer<Status> {
 }
 
 async fn explain(State(agent): State<Agent>, request: Request) -> Answer<Explanation> {
-    let request: EdgeRequest = body(request).await?;
+    let request: ExplainRequest = body(request).await?;
     let plan = move |context: &Context<'_>, node| ops::explain(context, &node, &request);
     Ok(Json(agent.read("explain", plan).await?))
 }

@@ -219,6 +219,11 @@ fn sites(live: &str) -> Vec<SiteProof> {
     }]
 }
 
+/// What log and plan add of calls that are guarded.
+fn guarded(wanted: Wanted) -> &'static str {
+    if wanted.guard { ", guarded" } else { "" }
+}
+
 impl Grafter for FakeGrafter {
     fn explain(
         &self,
@@ -231,7 +236,12 @@ impl Grafter for FakeGrafter {
         self.with(caller.pid, |worker| match worker.refuse_plan {
             true => Err(refusal().into()),
             false => Ok(Explained {
-                text: format!("map {callee_name} of {} into {}", callee.pid, caller.pid),
+                text: format!(
+                    "map {callee_name} of {} into {}{}",
+                    callee.pid,
+                    caller.pid,
+                    guarded(wanted)
+                ),
                 plan: serde_json::json!({ "windows": 1 }),
                 refused: worker.not_allowed(wanted.allowed),
             }),
@@ -246,7 +256,12 @@ impl Grafter for FakeGrafter {
         wanted: Wanted,
     ) -> Result<PatchReceipt, GraftError> {
         self.with(callee.pid, |_| Ok(()))?;
-        self.note(format!("patch {} from {}", caller.pid, callee.pid));
+        self.note(format!(
+            "patch {} from {}{}",
+            caller.pid,
+            callee.pid,
+            guarded(wanted)
+        ));
         self.with(caller.pid, |worker| {
             if worker.dies_in_patch {
                 worker.gone = true;

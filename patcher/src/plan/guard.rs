@@ -114,3 +114,37 @@ pub(super) fn store(
         what: format!("calls of {}: {how}", graft.callee),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// This process, with libgcc_s as the function's library: its path as ld.so
+    /// found it, where `/lib` may be a link to `/usr/lib`.
+    fn myself() -> Worker {
+        let pid = std::process::id().cast_signed();
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let mut paths = maps.lines().filter_map(|l| l.split_whitespace().last());
+        let mapped = paths.find(|path| path.ends_with("/libgcc_s.so.1"));
+        let mapped = mapped.expect("a Rust program has its unwinder there");
+        let loaded = mapped.strip_prefix("/usr").unwrap_or(mapped);
+        Worker::read(pid, loaded.as_ref())
+            .or_else(|_| Worker::read(pid, mapped.as_ref()))
+            .unwrap()
+    }
+
+    #[test]
+    fn nothing_is_guarded_in_a_worker_without_an_unwinder() {
+        let callee = myself();
+        assert_eq!(check(&callee, &callee), Ok(()));
+        let mut caller = myself();
+        let short = |m: &Module| m.short_name().to_owned();
+        caller.modules.retain(|m| short(m) != "libgcc_s.so.1");
+        let refused = check(&caller, &callee).unwrap_err();
+        assert_eq!(refused.code(), "no-guard");
+        assert!(
+            refused.to_string().contains("without libgcc_s"),
+            "{refused}"
+        );
+    }
+}

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use super::*;
 use crate::api::{
-    EdgeRequest, PatchOutcome, PatchReport, PatchRequest, ProofVerdict, RevertOutcome,
+    EdgeRequest, ExplainRequest, PatchOutcome, PatchReport, PatchRequest, ProofVerdict,
+    RevertOutcome,
 };
 use crate::discover::{Node, scan};
 use crate::error::AgentError;
@@ -89,6 +90,16 @@ fn edge(caller: &str, callee: &str) -> EdgeRequest {
         caller: caller.to_owned(),
         callee: callee.to_owned(),
         engine: None,
+    }
+}
+
+/// What asks for the plan of an edge.
+fn planned(caller: &str, callee: &str) -> ExplainRequest {
+    ExplainRequest {
+        caller: caller.to_owned(),
+        callee: callee.to_owned(),
+        engine: None,
+        guard: false,
     }
 }
 

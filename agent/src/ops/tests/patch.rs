@@ -424,7 +424,7 @@ fn an_effect_that_is_not_known_is_told_before_anything_is_done() {
 #[test]
 fn explain_says_what_a_patch_would_be_refused_for() {
     let explained = |bench: &Bench| {
-        let plan = bench.with(|context, node| explain(context, node, &edge("Foo", "Bar")));
+        let plan = bench.with(|context, node| explain(context, node, &planned("Foo", "Bar")));
         plan.unwrap().refused.map(|refused| refused.code)
     };
     assert_eq!(explained(&touchy()).as_deref(), Some("effects"));
@@ -434,4 +434,43 @@ fn explain_says_what_a_patch_would_be_refused_for() {
         ..touchy()
     };
     assert_eq!(explained(&allowed), None);
+}
+
+#[test]
+fn an_edge_is_guarded_where_the_request_or_the_configuration_says_so() {
+    let with = |text: &str| Bench {
+        policy: Policy::parse(text).unwrap(),
+        ..bench([living(&[]), living(&[])])
+    };
+    let request = |guard| PatchRequest {
+        guard,
+        ..allowing(&[])
+    };
+    let of =
+        |callee: &str| format!("[[edge]]\ncaller = \"Foo\"\ncallee = \"{callee}\"\nguard = true");
+    for (text, asked, guarded) in [
+        (String::new(), false, false),
+        (String::new(), true, true),
+        (of("Bar"), false, true),
+        (of("Baz"), false, false),
+        (of("Baz"), true, true),
+    ] {
+        let bench = with(&text);
+        let plan = bench.with(|context, node| {
+            let request = ExplainRequest {
+                guard: asked,
+                ..planned("foo", "bar")
+            };
+            explain(context, node, &request)
+        });
+        let told = plan.unwrap().text;
+        assert_eq!(told.ends_with(", guarded"), guarded, "{text}: {told}");
+        bench.patch_as(&request(asked)).unwrap();
+        let log = bench.grafter.log();
+        let mut patches = log.iter().filter(|line| line.starts_with("patch "));
+        assert!(
+            patches.all(|line| line.ends_with(", guarded") == guarded),
+            "{text}: {log:?}"
+        );
+    }
 }

@@ -13,7 +13,7 @@ fn explain_plans_and_touches_nothing() {
         policy: &bench.policy,
         watch: &Watch::default(),
     };
-    let plan = explain(&context, &scan(&root).unwrap(), &edge("foo", "BAR")).unwrap();
+    let plan = explain(&context, &scan(&root).unwrap(), &planned("foo", "BAR")).unwrap();
     assert_eq!(plan.text, "map Bar of 21 into 11");
     assert_eq!((plan.caller_pid, plan.callee_pid), (11, 21));
     assert_eq!(bench.grafter.log(), Vec::<String>::new());
@@ -34,7 +34,7 @@ fn explain_tells_of_workers_of_different_builds() {
         policy: &bench.policy,
         watch: &Watch::default(),
     };
-    let plan = explain(&context, &scan(&root).unwrap(), &edge("Foo", "Bar")).unwrap();
+    let plan = explain(&context, &scan(&root).unwrap(), &planned("Foo", "Bar")).unwrap();
     let builds = format!("{}, other", "ab".repeat(20));
     assert_eq!(
         plan.notes,
