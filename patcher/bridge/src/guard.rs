@@ -198,6 +198,11 @@ pub(crate) unsafe extern "C" fn ng_signal(signal: c_int, info: *const Info, cont
         ".cfi_offset rbp, -16",
         "mov rbp, rsp",
         ".cfi_def_cfa_register rbp",
+        // The kernel leaves EFLAGS.AC as it was: with it, whatever is not
+        // aligned here would raise the next signal.
+        "pushfq",
+        "and dword ptr [rsp], 0xfffbffff",
+        "popfq",
         "push rdi",
         "push rsi",
         "push rdx",

@@ -149,6 +149,10 @@ int crashing(void *handle, const char *input, size_t len) {
         return at[0];
     }
     case 'p': asm volatile("mov $0x8000000000000000, %%rax; mov (%%rax), %%al" ::: "rax"); break;
+    case 'A': // EFLAGS.AC: what is not aligned raises SIGBUS, in a handler too.
+        asm volatile("pushfq; orl $0x40000, (%%rsp); popfq; mov 1(%%rsp), %%eax" ::: "rax", "cc",
+                     "memory");
+        break;
     case 's': return deeper(input);
     case 'n': target = nullptr; target(); break;
     case 'w': target = (void (*)())0x10; target(); break;

@@ -9,8 +9,9 @@ use super::image::{bridge, functions};
 use super::unwind::{call, counts, first_call, idle, site, world};
 use super::{NAME, World, string};
 use crate::abi::{
-    ACTION_OURS, ACTION_THEIRS, Action, FAILURE_CRASHED, GUARD_ON, GUARD_TAKEN, GUARD_WAITING,
-    GUARDED_SIGNALS, Range, SAMPLE_EVERY, STATE_FAILED, STATE_INITIALISED, STATE_READY,
+    ACTION_OURS, ACTION_THEIRS, Action, FAILURE_CRASHED, GUARD_DENIED, GUARD_ON, GUARD_TAKEN,
+    GUARD_WAITING, GUARDED_SIGNALS, Range, SAMPLE_EVERY, STATE_FAILED, STATE_INITIALISED,
+    STATE_READY,
 };
 use crate::sys;
 
@@ -127,6 +128,7 @@ fn what_the_callee_s_own_code_raises_ends_its_call() {
         ("d", libc::SIGFPE),
         ("u", libc::SIGILL),
         ("b", libc::SIGBUS),
+        ("A", libc::SIGBUS),  // not aligned, while EFLAGS.AC forbids that
         ("p", libc::SIGSEGV), // no canonical address: the kernel names none
         ("s", libc::SIGSEGV),
         ("n", libc::SIGSEGV),
@@ -294,6 +296,38 @@ fn what_cannot_be_left_soundly_ends_the_worker_with_the_same_signal() {
         }
     };
     assert_eq!(outside(stray), (libc::SIGILL, 0));
+}
+
+#[test]
+fn without_memory_for_its_stacks_calls_go_on_unguarded_until_there_is_some() {
+    let world = crashing(false);
+    world.graft.call = bridge().get("ng_guarded");
+    let before = actions();
+    let limited = |bytes| {
+        let limit = libc::rlimit {
+            rlim_cur: bytes,
+            rlim_max: libc::RLIM_INFINITY,
+        };
+        // SAFETY: of this child alone.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) }, 0);
+    };
+    let state = || world.worker.guard.state.load(SeqCst);
+    let ended = ends(|| {
+        limited(4096);
+        let code = call("x").0;
+        let denied = state();
+        let unchanged = actions() == before;
+        limited(libc::RLIM_INFINITY);
+        assert_eq!((code, denied, unchanged), (0, GUARD_DENIED, true));
+        // Looked at again at one call of so many.
+        for _ in 0..SAMPLE_EVERY {
+            assert_eq!(call("x").0, 0);
+        }
+        assert_eq!(state(), GUARD_ON);
+        assert_eq!(call("0").0, -1);
+        6
+    });
+    assert_eq!(ended, (0, 6));
 }
 
 #[test]
