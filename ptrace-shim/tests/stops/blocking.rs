@@ -14,6 +14,10 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+/// How long `nanosleep` sleeps: longer than it takes to be found there, stopped
+/// and borrowed on an emulated processor.
+const NAP: Duration = Duration::from_secs(2);
+
 /// What a stop does to a call.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Expect {
@@ -242,8 +246,8 @@ pub(crate) fn block(name: &str) {
         }
         "nanosleep" => {
             let time = leak(libc::timespec {
-                tv_sec: 0,
-                tv_nsec: 400_000_000,
+                tv_sec: NAP.as_secs().cast_signed(),
+                tv_nsec: 0,
             });
             [libc::CLOCK_MONOTONIC as u64, 0, time, 0, 0, 0]
         }
@@ -292,7 +296,7 @@ pub(crate) fn block(name: &str) {
         unsafe { libc::semctl(id, 0, libc::IPC_RMID) };
     }
     if name == "nanosleep" {
-        assert!(start.elapsed() >= Duration::from_millis(400));
+        assert!(start.elapsed() >= NAP);
     }
     drop((reader, writer, here, there));
     println!("{result}");

@@ -2,9 +2,7 @@
 
 use crate::child::{Subject, patient};
 use crate::subject::hear;
-use ptrace_shim::{
-    Address, Error, Memory, PAGE_SIZE, StopOptions, WriteMethod, stop_all, stop_thread,
-};
+use ptrace_shim::{Address, Error, Memory, PAGE_SIZE, WriteMethod, stop_all, stop_thread};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// What the code returns: one of these two, never anything else.
@@ -279,7 +277,7 @@ fn a_stopped_thread_writes_where_its_process_may_not() {
     let (subject, page) = code_subject();
     let process = subject.process();
     let leader = process.pid().leader();
-    let thread = stop_thread(&process, leader, StopOptions::default()).unwrap();
+    let thread = stop_thread(&process, leader, patient()).unwrap();
     let text: Vec<u8> = (0..100).collect();
     thread.write_memory(at(page, 1001), &text).unwrap();
     assert_eq!(thread.memory().read_vec(at(page, 1001), 100).unwrap(), text);
