@@ -147,32 +147,36 @@ impl Farm {
         }
     }
 
-    /// Has an agent with a point armed do something; whether it died of it.
+    /// Has an agent with a point armed do something. Gives what it answered, if
+    /// it did not die of it.
     pub(super) fn dies(
         &self,
         state: &Path,
         act: Act,
         function: &str,
         arm: impl FnOnce(&mut Command),
-    ) -> Result<bool> {
+    ) -> Result<Option<(u16, serde_json::Value)>> {
         let mut agent = Agent::spawn_program("agent-faults", state, arm)?;
         if let Some(status) = agent.wait_until_ready()? {
-            return died(status, &agent);
+            return died(status, &agent).map(|()| None);
         }
         // One that dies gives no answer.
-        let answered = self.try_ask(&agent, act, function).is_ok();
-        let patience = if answered { Duration::ZERO } else { DEATH };
+        let answer = self.try_ask(&agent, act, function).ok();
+        let patience = match answer {
+            Some(_) => Duration::ZERO,
+            None => DEATH,
+        };
         match agent.ended(patience)? {
-            Some(status) => died(status, &agent),
+            Some(status) => died(status, &agent).map(|()| None),
             None => {
                 ensure!(
-                    answered,
+                    answer.is_some(),
                     "an agent neither answers nor dies: {}",
                     agent.log()
                 );
                 // Whatever it is at in the background ends with it.
                 agent.kill()?;
-                Ok(false)
+                Ok(answer)
             }
         }
     }
@@ -182,14 +186,14 @@ impl Farm {
     }
 }
 
-fn died(status: std::process::ExitStatus, agent: &Agent) -> Result<bool> {
+fn died(status: std::process::ExitStatus, agent: &Agent) -> Result<()> {
     use std::os::unix::process::ExitStatusExt as _;
     ensure!(
         status.signal() == Some(9),
         "the agent ended by itself ({status}): {}",
         agent.log()
     );
-    Ok(true)
+    Ok(())
 }
 
 /// Ends a process at once.

@@ -45,10 +45,10 @@ impl Chaos<'_> {
             command.env("NIGHTGRAFT_FAULT_TRACE", trace.path());
             refuse(command, scenario);
         };
-        let died = self
+        let answer = self
             .farm
             .dies(&stage.state, scenario.act, &stage.function, arm)?;
-        ensure!(!died, "an agent died that should not have");
+        ensure!(answer.is_some(), "an agent died that should not have");
         let text = std::fs::read_to_string(trace.path())?;
         let mut counts = BTreeMap::new();
         for line in text.lines() {
@@ -76,14 +76,15 @@ impl Chaos<'_> {
             command.env("NIGHTGRAFT_FAULT", format!("{point}@{hit}"));
             refuse(command, scenario);
         };
-        let died = self
+        let answer = self
             .farm
             .dies(&stage.state, scenario.act, &stage.function, arm)?;
+        let died = answer.is_none();
         // Later hits depend on what else goes on in the worker, and a journal
         // that others have written to need not grow.
         let certain =
             hit == 1 && (!point.starts_with("journal-file::") || scenario.journal == Journal::New);
-        ensure!(died || !certain, "the point was not passed");
+        ensure!(died || !certain, "the point was not passed: {answer:?}");
         if died {
             self.report.kills += 1;
             self.points.insert(point.to_owned());
@@ -193,8 +194,17 @@ impl Chaos<'_> {
             let arm = |command: &mut Command| {
                 command.env("NIGHTGRAFT_FAULT", &fault);
             };
-            let died = self.farm.dies(&state, act, function, arm)?;
-            ensure!(died, "the agent before did not die at {fault}");
+            let mut refused = 0;
+            while let Some((code, body)) = self.farm.dies(&state, act, function, arm)? {
+                // A worker that does not get to a stop in time, on a machine
+                // that is busy with something else: it was left as it was.
+                refused += 1;
+                let why = body["error"]["code"].as_str().unwrap_or_default();
+                ensure!(
+                    refused < 5 && ["not-stopping", "no-moment"].contains(&why),
+                    "the agent before did not die at {fault}: {code} {body}"
+                );
+            }
             if death == Death::WithDescriptor {
                 let open = check::size(&workers[0])?;
                 ensure!(open != sizes[0], "no descriptor was left open");
