@@ -9,7 +9,7 @@ use std::ffi::OsString;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use run::{cargo, debug, debug_with_all_tests, debug_with_tests, released};
+use run::{cargo, debug, debug_with_all_tests, debug_with_tests, released, released_of};
 
 /// Everything that is done with this workspace.
 #[derive(Parser)]
@@ -54,6 +54,10 @@ enum Task {
     /// Give everything that reads files, workers, disks or requests what a
     /// fuzzer makes up, and check that it ends without harm.
     Fuzz(fuzz::Options),
+    /// Run the planner on made-up graphs and published topologies, beside the
+    /// best that there is (`cargo xtask plan-sim --help`).
+    #[command(disable_help_flag = true)]
+    PlanSim(PassedOn),
     /// Check formatting and lints, as CI does before the tests.
     Lint,
 }
@@ -124,6 +128,7 @@ fn main() -> Result<()> {
             }
             Ok(())
         }
+        Task::PlanSim(passed) => released_of("nightgraft-planner", "plan_sim", &passed.arguments),
         Task::VmTest(passed) => {
             if passed.asks_for_help() {
                 return debug("vm_test", &passed.arguments);

@@ -35,6 +35,22 @@ pub(crate) fn released(program: &str, arguments: &[OsString]) -> Result<()> {
     built("release", program, arguments)
 }
 
+/// Builds one package optimised and runs a program of it that needs no others.
+pub(crate) fn released_of(package: &str, program: &str, arguments: &[OsString]) -> Result<()> {
+    cargo(
+        [
+            "build",
+            "--release",
+            "--package",
+            package,
+            "--bins",
+            "--quiet",
+        ],
+        [],
+    )?;
+    built("release", program, arguments)
+}
+
 /// The same as the tests have built it, for what measures nothing.
 pub(crate) fn debug(program: &str, arguments: &[OsString]) -> Result<()> {
     cargo(["build", "--workspace", "--bins", "--quiet"], [])?;

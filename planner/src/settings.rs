@@ -1,0 +1,98 @@
+//! What can be set, with what it prevents.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// Settings of the planner and of the governor that acts on its plans.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Settings {
+    /// Seconds within which a change must have saved what it costs. Prevents
+    /// changes for load that is gone before they pay.
+    pub horizon_s: f64,
+    /// How many times over a change must pay: what is not fused yet must save so
+    /// many times its price, what is fused may fall to a fraction of it.
+    /// Prevents that what lies at the border is fused and un-fused in turns.
+    pub hysteresis: f64,
+    /// Seconds of latency that a MiB held for a graft must save per second.
+    /// Prevents that edges which hardly anybody calls keep memory.
+    pub memory_price_s: f64,
+    /// Seconds of latency that fusing one path in one worker costs at once: its
+    /// stops, and the agent's own work.
+    pub inject_s: f64,
+    /// The same of un-fusing.
+    pub revert_s: f64,
+    /// Share of a caller's processors that its own calls and those fused into it
+    /// may keep busy. Prevents that a callee's work, moved into containers with
+    /// fewer processors, queues there.
+    pub busy_share: f64,
+    /// What is fused is worth so much more than what would have to be fused in
+    /// its place, and may keep its root's processors busier by as much. Prevents
+    /// that two of nearly the same worth take turns.
+    pub margin: f64,
+    /// Functions on a path, the caller included.
+    pub depth: usize,
+    /// Candidates up to which the best set is searched for by the exact solver.
+    pub exact_up_to: usize,
+    /// How long the exact solver may search.
+    pub exact_within_ms: u64,
+    /// Seconds for which a change must be wanted before it is made. Prevents
+    /// changes for a moment's load.
+    pub confirm_s: f64,
+    /// The same where something that is worth its place is to give it to
+    /// something better.
+    pub displace_s: f64,
+    /// Seconds for which a function that was deployed is left alone. Prevents
+    /// that workers are patched which the next step of a deployment replaces.
+    pub quiet_s: f64,
+    /// Seconds that a path that was fused stays so, and one that was un-fused.
+    /// Prevents flapping, whatever the load does.
+    pub dwell_s: f64,
+    /// Changes per minute, of one path in all of its caller's workers. Prevents
+    /// that a shift of load stops everyone at once.
+    pub changes_per_minute: f64,
+    /// Seconds of stops per minute, over all workers.
+    pub stop_s_per_minute: f64,
+    /// Seconds that one change stops one worker.
+    pub stop_s: f64,
+    /// Seconds over which rates are averaged.
+    pub average_s: f64,
+    /// How long a path is left alone that did worse than foretold, at first;
+    /// twice as long each time.
+    pub back_off_s: f64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            horizon_s: 600.0,
+            hysteresis: 2.0,
+            memory_price_s: 100e-6,
+            inject_s: 10e-3,
+            revert_s: 0.2e-3,
+            busy_share: 0.8,
+            margin: 0.5,
+            depth: 4,
+            exact_up_to: 24,
+            exact_within_ms: 300,
+            confirm_s: 30.0,
+            displace_s: 300.0,
+            quiet_s: 60.0,
+            dwell_s: 300.0,
+            changes_per_minute: 12.0,
+            stop_s_per_minute: 50e-3,
+            stop_s: 1e-3,
+            average_s: 120.0,
+            back_off_s: 600.0,
+        }
+    }
+}
+
+impl Settings {
+    /// The exact solver's time.
+    #[must_use]
+    pub fn exact_within(&self) -> Duration {
+        Duration::from_millis(self.exact_within_ms)
+    }
+}
