@@ -5,7 +5,7 @@
 //! codes are the server's business ([`crate::server`]), exit codes those of
 //! [`crate::cli`].
 
-use crate::api::{ErrorInfo, PatchReport, Quarantined, RevertReport};
+use crate::api::{ErrorInfo, PatchOutcome, PatchReport, Quarantined, RevertReport};
 use crate::grafter::GraftError;
 
 /// A request that was refused or failed.
@@ -69,9 +69,9 @@ pub enum AgentError {
     /// The patcher's answer for the one worker in question.
     #[error(transparent)]
     Graft(#[from] GraftError),
-    /// The first worker was patched but did not prove well, and was reverted;
-    /// the others were not touched.
-    #[error("the first worker (pid {pid}) did not prove well and was reverted: {why}")]
+    /// The first worker was patched but did not prove well, and was reverted if
+    /// it was still there; the others were not touched.
+    #[error("the first worker (pid {pid}) did not prove well and {}: {why}", became(.report, *.pid))]
     CanaryFailed {
         /// The worker.
         pid: i32,
@@ -196,6 +196,15 @@ pub fn graft_info(error: &GraftError) -> ErrorInfo {
         code: graft_code(error).to_owned(),
         message: error.to_string(),
         hint: graft_hint(error),
+    }
+}
+
+/// What became of a worker that did not prove well.
+fn became(report: &PatchReport, pid: i32) -> &'static str {
+    let mut workers = report.workers.iter();
+    match workers.any(|w| w.pid == pid && w.outcome == PatchOutcome::Gone) {
+        true => "is gone",
+        false => "was reverted",
     }
 }
 

@@ -112,7 +112,9 @@ fn a_canary_that_dies_while_watched_stops_the_rest() {
     let bench = bench([dying, living(&[PROVEN])]);
     let error = bench.patch().unwrap_err();
     assert!(
-        error.to_string().contains("exited while it was watched"),
+        error
+            .to_string()
+            .contains("is gone: it exited while it was watched"),
         "{error}"
     );
     assert_eq!(bench.grafter.log(), ["patch 11 from 21"]);
