@@ -68,12 +68,18 @@ impl Farm {
         &self.node
     }
 
-    /// A function that nobody has touched.
+    /// A function that nobody has touched, on a node that has one more: a journal
+    /// of the dead needs one, and must not come with another node.
     pub(super) fn fresh(&mut self) -> Result<String> {
-        if self.used == FRESH {
+        if self.used + 2 > FRESH {
             std::mem::replace(&mut self.node, node()?).stop()?;
             self.used = 0;
         }
+        self.one_more()
+    }
+
+    fn one_more(&mut self) -> Result<String> {
+        ensure!(self.used < FRESH, "no function is left that is fresh");
         self.used += 1;
         Ok(fresh(self.used - 1))
     }
@@ -109,7 +115,7 @@ impl Farm {
                 std::fs::write(dir.join("journal.redb"), [0x5a; 9000])?;
             }
             Journal::OfTheDead => {
-                let function = self.fresh()?;
+                let function = self.one_more()?;
                 let heir = Agent::start_in(&dir)?;
                 self.ask(&heir, Act::Patch, &function)?;
                 let [worker] = &self.workers(&function)?[..] else {

@@ -194,15 +194,17 @@ impl Chaos<'_> {
             let arm = |command: &mut Command| {
                 command.env("NIGHTGRAFT_FAULT", &fault);
             };
-            let mut refused = 0;
+            let mut refused = Vec::new();
             while let Some((code, body)) = self.farm.dies(&state, act, function, arm)? {
                 // A worker that does not get to a stop in time, on a machine
                 // that is busy with something else: it was left as it was.
-                refused += 1;
                 let why = body["error"]["code"].as_str().unwrap_or_default();
+                let known = ["not-stopping", "no-moment"].contains(&why);
+                refused.push(format!("{code} {body}"));
                 ensure!(
-                    refused < 5 && ["not-stopping", "no-moment"].contains(&why),
-                    "the agent before did not die at {fault}: {code} {body}"
+                    known && refused.len() < 5,
+                    "the agent before did not die at {fault}: {}",
+                    refused.join("; ")
                 );
             }
             if death == Death::WithDescriptor {
