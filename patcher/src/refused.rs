@@ -251,7 +251,7 @@ refusals! {
         /// Why.
         reason: String,
     } = "no-guard", "calls of {library} cannot be guarded: {reason}",
-        "patch without --guard: a crash of the callee is then one of its caller";
+        "patch without --guard, or take `guard = true` for this edge out of the agent's configuration: a crash of the callee is then one of its caller";
     /// A relocation that is not supported.
     UnsupportedRelocation {
         /// The callee's library.

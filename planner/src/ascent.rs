@@ -22,16 +22,26 @@ const SINGLE_UP_TO: usize = 200;
 /// break one are not taken).
 pub(crate) fn climb(model: &Model<'_>, required: &[bool], starts: &[Vec<bool>]) -> Vec<bool> {
     let mut best: Option<(f64, Vec<bool>)> = None;
+    let mut climbed = false;
     for start in starts {
-        if model.outcome(start).violations > 0 {
+        let outcome = model.outcome(start);
+        if outcome.violations > 0 || !holds(required, start) {
             continue;
+        }
+        // What is there is given up for nothing worse.
+        if best
+            .as_ref()
+            .is_none_or(|(most, _)| outcome.value() > *most)
+        {
+            best = Some((outcome.value(), start.clone()));
         }
         // Of a large graph one climb has to do.
         let ways = match model.forest.candidates.len() {
             0..=LARGE => &[false, true][..],
-            _ if best.is_some() => break,
+            _ if climbed => continue,
             _ => &[false][..],
         };
+        climbed = true;
         for &upwards in ways {
             let mut selected = start.clone();
             let value = from(model, required, &mut selected, upwards);
@@ -40,7 +50,12 @@ pub(crate) fn climb(model: &Model<'_>, required: &[bool], starts: &[Vec<bool>]) 
             }
         }
     }
-    best.map_or_else(|| vec![false; required.len()], |(_, selected)| selected)
+    best.map_or_else(|| required.to_vec(), |(_, selected)| selected)
+}
+
+/// Whether all that is required is there.
+fn holds(required: &[bool], selected: &[bool]) -> bool {
+    required.iter().zip(selected).all(|(r, s)| !r || *s)
 }
 
 fn from(model: &Model<'_>, required: &[bool], selected: &mut Vec<bool>, upwards: bool) -> f64 {
@@ -127,9 +142,6 @@ fn tree(
     let gains: Vec<f64> = range
         .clone()
         .map(|c| {
-            if required[c] {
-                return 1e9;
-            }
             let candidate = &model.forest.candidates[c];
             let callee = candidate.function();
             let onward: f64 = calls.out[callee]
@@ -137,7 +149,7 @@ fn tree(
                 .map(|&(edge, n)| n * worth[graph.edges[edge].callee])
                 .sum();
             let (on, off) = model.price[c];
-            let a_call = graph.edges[candidate.edge].overhead_s + onward - worth[callee];
+            let a_call = model.saves(c) + onward - worth[callee];
             own * candidate.per_root * a_call - on + off
         })
         .collect();
@@ -150,7 +162,7 @@ fn tree(
         .collect();
     let alone = own * graph.functions[root].own_s;
     let (room, room_kept) = model.busy_room(root);
-    let mut best = within(model, root, &gains, &busy, room - alone);
+    let mut best = within(model, required, root, &gains, &busy, room - alone);
     if room_kept > room {
         // What is there may stay where nothing new would fit.
         let kept: Vec<f64> = range
@@ -161,7 +173,7 @@ fn tree(
                 false => f64::NEG_INFINITY,
             })
             .collect();
-        let other = within(model, root, &kept, &busy, room_kept - alone);
+        let other = within(model, required, root, &kept, &busy, room_kept - alone);
         let sum = |tree: &[bool]| -> f64 {
             let chosen = tree.iter().zip(&gains).filter(|(c, _)| **c);
             chosen.map(|(_, gain)| gain).sum()
@@ -177,10 +189,19 @@ fn tree(
 
 /// The best tree for these gains, that keeps processors busy for no longer than
 /// there is room.
-fn within(model: &Model<'_>, root: usize, gains: &[f64], busy: &[f64], room: f64) -> Vec<bool> {
+fn within(
+    model: &Model<'_>,
+    required: &[bool],
+    root: usize,
+    gains: &[f64],
+    busy: &[f64],
+    room: f64,
+) -> Vec<bool> {
+    let first = model.forest.of_root[root].start;
+    let required = &required[first..first + gains.len()];
     let knapsack = |price: f64| -> (Vec<bool>, f64) {
         let priced: Vec<f64> = gains.iter().zip(busy).map(|(g, b)| g - price * b).collect();
-        let chosen = best_tree(model, root, &priced);
+        let chosen = best_tree(model, required, root, &priced);
         let taken: f64 = chosen
             .iter()
             .zip(busy)
@@ -198,7 +219,7 @@ fn within(model: &Model<'_>, root: usize, gains: &[f64], busy: &[f64], room: f64
             .map(|(g, b)| g / b.max(1e-12))
             .fold(0.0, f64::max);
         let (mut low, mut high) = (0.0, most * 2.0);
-        chosen = vec![false; gains.len()];
+        chosen = required.to_vec();
         for _ in 0..PRICES {
             let price = f64::midpoint(low, high);
             let (tree, taken) = knapsack(price);
@@ -257,19 +278,25 @@ fn fill(
 
 /// The best closed subtree for these gains and the root's memory: over the
 /// preorder from its end, a path is either left out with all below it or taken.
-fn best_tree(model: &Model<'_>, root: usize, gains: &[f64]) -> Vec<bool> {
+fn best_tree(model: &Model<'_>, required: &[bool], root: usize, gains: &[f64]) -> Vec<bool> {
     let range = model.forest.of_root[root].clone();
     let functions = &model.calls.graph.functions;
     let n = range.len();
     let (units, weight): (usize, Vec<usize>) = match functions[root].memory_room {
         None => (0, vec![0; n]),
         Some(room) => {
+            let bytes = |c: usize| functions[model.forest.candidates[c].function()].graft_bytes;
+            // What is required has its place, to the byte.
+            let taken = range
+                .clone()
+                .filter(|&c| required[c - range.start])
+                .map(bytes);
+            let room = room.saturating_sub(taken.fold(0, u64::saturating_add));
             // Rounded up: what fits in units fits in bytes.
             let unit = (room / UNITS as u64).max(1);
-            let of = |c: usize| {
-                let function = model.forest.candidates[c].function();
-                let parts = functions[function].graft_bytes.div_ceil(unit);
-                usize::try_from(parts).unwrap_or(usize::MAX)
+            let of = |c: usize| match required[c - range.start] {
+                true => 0,
+                false => usize::try_from(bytes(c).div_ceil(unit)).unwrap_or(usize::MAX),
             };
             (
                 usize::try_from(room / unit).unwrap_or(UNITS),
@@ -287,14 +314,17 @@ fn best_tree(model: &Model<'_>, root: usize, gains: &[f64]) -> Vec<bool> {
                 Some(rest) => gains[i] + best[(i + 1) * width + rest],
                 None => f64::NEG_INFINITY,
             };
-            best[i * width + left] = without.max(with);
+            best[i * width + left] = match required[i] {
+                true => with,
+                false => without.max(with),
+            };
         }
     }
     let mut chosen = vec![false; n];
     let (mut i, mut left) = (0, units);
     while i < n {
         let behind = i + 1 + model.forest.candidates[range.start + i].below;
-        if best[i * width + left] > best[behind * width + left] {
+        if required[i] || best[i * width + left] > best[behind * width + left] {
             chosen[i] = true;
             left -= weight[i];
             i += 1;
@@ -328,7 +358,6 @@ fn single(
         }
         roots.push(candidates[c].root());
     };
-    let keeps = |next: &[bool]| required.iter().zip(next).all(|(r, n)| !r || *n);
     for _ in 0..ROUNDS {
         let mut better = false;
         let mut moves: Vec<Vec<usize>> = (0..n).map(|c| vec![c]).collect();
@@ -342,7 +371,7 @@ fn single(
             }
             roots.sort_unstable();
             roots.dedup();
-            if keeps(&next) {
+            if holds(required, &next) {
                 better |= try_it(model, selected, spilled, now, next, &roots);
             }
         }

@@ -113,7 +113,13 @@ impl Ord for Waiting {
 
 impl Forest {
     /// All paths that may be worth something, and those that are fused.
-    pub(crate) fn grow(calls: &Calls<'_>, fused: &HashSet<Path>, settings: &Settings) -> Forest {
+    /// Those `apart` are left alone unless they are fused, with what lies below.
+    pub(crate) fn grow(
+        calls: &Calls<'_>,
+        fused: &HashSet<Path>,
+        apart: &HashSet<Path>,
+        settings: &Settings,
+    ) -> Forest {
         let graph = calls.graph;
         let most = reach(calls, settings.depth);
         let mut forest = Forest {
@@ -123,7 +129,7 @@ impl Forest {
         };
         for root in 0..graph.functions.len() {
             let first = forest.candidates.len();
-            let kept = forest.tree(calls, root, fused, &most, settings);
+            let kept = forest.tree(calls, root, (fused, apart), &most, settings);
             forest.lay_out(kept, root, fused);
             forest.of_root.push(first..forest.candidates.len());
         }
@@ -150,7 +156,7 @@ impl Forest {
         &self,
         calls: &Calls<'_>,
         root: usize,
-        fused: &HashSet<Path>,
+        (fused, apart): (&HashSet<Path>, &HashSet<Path>),
         most: &[Vec<f64>],
         settings: &Settings,
     ) -> HashMap<Path, (usize, f64)> {
@@ -173,12 +179,15 @@ impl Forest {
                 let per_root = f * per_execution;
                 let left = settings.depth - path.len() - 1;
                 let worth = all * per_root * (edge.overhead_s + most[left][edge.callee]);
+                // Required is what the root's own workers call.
+                let required = edge.required && path.len() == 1;
                 let mut path = path.clone();
                 path.push(edge.callee);
-                if worth <= price && !edge.required && !fused.contains(&path) {
+                let is_fused = fused.contains(&path);
+                if !is_fused && (worth <= price && !required || apart.contains(&path)) {
                     continue;
                 }
-                let worth = match edge.required || fused.contains(&path) {
+                let worth = match required || is_fused {
                     true => f64::INFINITY,
                     false => worth,
                 };
@@ -294,7 +303,12 @@ mod tests {
         let mut graph = chain(&["A", "B", "C"], 1000.0);
         graph.edges.push(edge(0, 2, 500.0));
         let calls = Calls::of(&graph);
-        let forest = Forest::grow(&calls, &HashSet::new(), &Settings::default());
+        let forest = Forest::grow(
+            &calls,
+            &HashSet::new(),
+            &HashSet::new(),
+            &Settings::default(),
+        );
         assert_eq!(
             paths(&forest),
             [vec![0, 1], vec![0, 1, 2], vec![0, 2], vec![1, 2]]
@@ -316,7 +330,7 @@ mod tests {
             depth: 3,
             ..Settings::default()
         };
-        let forest = Forest::grow(&calls, &HashSet::new(), &settings);
+        let forest = Forest::grow(&calls, &HashSet::new(), &HashSet::new(), &settings);
         for path in paths(&forest) {
             assert!(path.len() <= 3);
             assert_eq!(path.iter().collect::<HashSet<_>>().len(), path.len());
@@ -331,7 +345,7 @@ mod tests {
         graph.functions[0].domain = "other".to_owned();
         let calls = Calls::of(&graph);
         let fused = HashSet::from([vec![0, 1], vec![1, 2], vec![2, 0]]);
-        let forest = Forest::grow(&calls, &fused, &Settings::default());
+        let forest = Forest::grow(&calls, &fused, &HashSet::new(), &Settings::default());
         assert!(forest.candidates.is_empty());
         let told: Vec<&str> = forest.lost.iter().map(|l| l.1.as_str()).collect();
         assert_eq!(
@@ -348,10 +362,15 @@ mod tests {
     fn what_nobody_calls_is_no_candidate_unless_it_is_fused() {
         let graph = chain(&["A", "B"], 0.001);
         let calls = Calls::of(&graph);
-        let none = Forest::grow(&calls, &HashSet::new(), &Settings::default());
+        let none = Forest::grow(
+            &calls,
+            &HashSet::new(),
+            &HashSet::new(),
+            &Settings::default(),
+        );
         assert!(none.candidates.is_empty());
         let fused = HashSet::from([vec![0, 1]]);
-        let one = Forest::grow(&calls, &fused, &Settings::default());
+        let one = Forest::grow(&calls, &fused, &HashSet::new(), &Settings::default());
         assert!(one.candidates.len() == 1 && one.candidates[0].fused && one.lost.is_empty());
     }
 }

@@ -11,9 +11,10 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 
-use crate::graph::Graph;
-use crate::plan::{Decision, Plan, Verdict};
-use crate::settings::Settings;
+use crate::forest::Path;
+use crate::graph::{Edge, Graph, GraphError};
+use crate::plan::{Decision, Plan, Verdict, violations};
+use crate::settings::{Settings, WrongSetting};
 
 /// A path by names: functions may come, go, and change their numbers.
 type Names = Vec<String>;
@@ -61,6 +62,11 @@ pub enum Held {
 /// An edge that is called less than this share of its average has gone quiet.
 const LULL: f64 = 0.1;
 
+/// Calls per second that are none.
+const NOTHING: f64 = 1e-6;
+/// A path that does badly is left alone for no longer than a day.
+const LONGEST_BACK_OFF: f64 = 86_400.0;
+
 /// A sum whose older parts weigh less.
 #[derive(Debug, Clone, Copy, Default)]
 struct Average {
@@ -95,7 +101,8 @@ struct BackOff {
 pub struct Governor {
     settings: Settings,
     measured: Option<f64>,
-    rates: HashMap<(String, String), Average>,
+    /// With the edge as it was last.
+    rates: HashMap<(String, String), (Average, Edge)>,
     arrivals: HashMap<String, Average>,
     /// Edges whose last measurement was far below their average: a burst that is
     /// over, however high it was.
@@ -111,9 +118,12 @@ pub struct Governor {
 
 impl Governor {
     /// One that has seen nothing yet.
-    #[must_use]
-    pub fn new(settings: Settings) -> Governor {
-        Governor {
+    ///
+    /// # Errors
+    /// A setting makes no sense.
+    pub fn new(settings: Settings) -> Result<Governor, WrongSetting> {
+        settings.check()?;
+        Ok(Governor {
             changes_left: settings.changes_per_minute,
             stops_left: settings.stop_s_per_minute,
             settings,
@@ -126,39 +136,80 @@ impl Governor {
             deployed: HashMap::new(),
             back_off: HashMap::new(),
             filled: None,
-        }
+        })
     }
 
     /// Takes what was measured since the last time, and gives the graph with its
-    /// rates averaged, to plan with. An edge that is not in it was not called.
-    pub fn average(&mut self, now: f64, mut graph: Graph) -> Graph {
+    /// rates averaged, to plan with. An edge that is not in it was not called: it
+    /// stays in the graph, as long as its functions do, until its average is
+    /// nothing.
+    ///
+    /// # Errors
+    /// The graph makes no sense; it is as if it had not been measured.
+    pub fn average(&mut self, now: f64, mut graph: Graph) -> Result<Graph, GraphError> {
+        graph.check()?;
         let passed = self.measured.map_or(self.settings.average_s, |t| now - t);
         self.measured = Some(now);
-        let keep = (-passed.max(0.0) / self.settings.average_s.max(1e-3)).exp();
-        let name = |function: usize| graph.functions[function].name.clone();
-        let mut known: HashSet<(String, String)> = HashSet::new();
-        let mut averages = Vec::with_capacity(graph.edges.len());
-        for edge in &graph.edges {
+        let keep = (-passed.max(0.0) / self.settings.average_s).exp();
+        let place: HashMap<String, usize> = (graph.functions.iter().enumerate())
+            .map(|(index, function)| (function.name.clone(), index))
+            .collect();
+        let mut measured: HashSet<(String, String)> = HashSet::new();
+        for edge in &mut graph.edges {
+            let name = |function: usize| graph.functions[function].name.clone();
             let key = (name(edge.caller), name(edge.callee));
-            let average = self.rates.entry(key.clone()).or_default();
-            averages.push(average.add(edge.rate, keep));
-            if edge.rate < average.value() * LULL {
+            let entry = self.rates.entry(key.clone());
+            let (average, known) = entry.or_insert_with(|| (Average::default(), edge.clone()));
+            known.clone_from(edge);
+            let mean = average.add(edge.rate, keep);
+            if edge.rate < mean * LULL {
                 self.lulls.insert(key.clone());
             } else {
                 self.lulls.remove(&key);
             }
-            known.insert(key);
+            edge.rate = mean;
+            measured.insert(key);
         }
-        for (edge, average) in graph.edges.iter_mut().zip(averages) {
-            edge.rate = average;
-        }
-        self.rates
-            .retain(|key, average| known.contains(key) || average.add(0.0, keep) > 1e-6);
+        let mut silent = Vec::new();
+        self.rates.retain(|key, (average, edge)| {
+            if measured.contains(key) {
+                return true;
+            }
+            let rate = average.add(0.0, keep);
+            let (caller, callee) = (place.get(&key.0), place.get(&key.1));
+            if let (Some(&caller), Some(&callee)) = (caller, callee) {
+                silent.push(Edge {
+                    caller,
+                    callee,
+                    rate,
+                    ..edge.clone()
+                });
+            }
+            rate > NOTHING
+        });
+        // In one order, whatever the map's is.
+        silent.sort_by_key(|edge| (edge.caller, edge.callee));
+        graph.edges.extend(silent);
+        let rates = &self.rates;
+        self.lulls.retain(|key| rates.contains_key(key));
         for function in &mut graph.functions {
             let average = self.arrivals.entry(function.name.clone()).or_default();
             function.arrivals = average.add(function.arrivals, keep);
         }
-        graph
+        self.arrivals
+            .retain(|name, average| place.contains_key(name) || average.add(0.0, keep) > NOTHING);
+        Ok(graph)
+    }
+
+    /// Paths that are not to be fused now, whatever they would save: to be planned
+    /// without.
+    #[must_use]
+    pub fn apart(&self, now: f64, graph: &Graph) -> HashSet<Path> {
+        let index = |name: &String| graph.functions.iter().position(|f| f.name == *name);
+        (self.back_off.iter())
+            .filter(|(_, back_off)| now < back_off.until)
+            .filter_map(|(path, _)| path.iter().map(index).collect())
+            .collect()
     }
 
     /// A function was deployed: its code or its containers are new.
@@ -176,7 +227,7 @@ impl Governor {
             next: first,
         });
         back_off.until = now + back_off.next;
-        back_off.next *= 2.0;
+        back_off.next = (back_off.next * 2.0).min(LONGEST_BACK_OFF);
         self.changed.insert(path.to_vec(), now);
         self.wanted.remove(path);
     }
@@ -190,17 +241,18 @@ impl Governor {
         plan: &Plan,
     ) -> (Vec<Change>, Vec<(Vec<String>, Held)>) {
         self.fill(now);
+        self.forget(now);
         self.note_wanted(now, plan);
         let mut changes = Vec::new();
         let mut held: BTreeMap<Names, Held> = BTreeMap::new();
-        let mut fused: HashSet<Names> = (plan.decisions.iter())
-            .filter(|d| d.fused)
-            .map(|d| d.path.clone())
-            .collect();
-        self.unfuse(now, graph, plan, &mut fused, &mut changes, &mut held);
-        // Roots in which something stays that is to go: what is to come there may
-        // have been meant for its place.
-        let stuck: HashSet<String> = held.keys().map(|path| path[0].clone()).collect();
+        let mut stage = Stage {
+            graph,
+            settings: self.settings.clone(),
+            fused: (plan.decisions.iter())
+                .filter(|d| d.fused)
+                .map(|d| d.path.clone())
+                .collect(),
+        };
         let mut fuse: Vec<&Decision> = (plan.decisions.iter())
             .filter(|d| d.verdict == Verdict::Fuse)
             .collect();
@@ -209,18 +261,19 @@ impl Governor {
                 .then(b.saved_per_s.total_cmp(&a.saved_per_s))
                 .then_with(|| a.path.cmp(&b.path))
         });
+        // Roots in which something may be fused now.
+        let coming: HashSet<&str> = (fuse.iter())
+            .filter(|d| self.waits(now, d, Kind::Fuse).is_none())
+            .map(|d| d.path[0].as_str())
+            .collect();
+        self.unfuse(now, plan, &coming, &mut stage, &mut changes, &mut held);
         for decision in fuse {
             let path = &decision.path;
             let parent = &path[..path.len() - 1];
-            let limited = graph
-                .functions
-                .iter()
-                .any(|f| f.name == path[0] && (f.memory_room.is_some() || f.cores.is_some()));
-            let others =
-                parent.len() > 1 && !fused.contains(parent) || limited && stuck.contains(&path[0]);
+            let others = parent.len() > 1 && !stage.fused.contains(parent);
             let wait = match self.waits(now, decision, Kind::Fuse) {
                 Some(why) => Some(why),
-                None if others => Some(Held::Others),
+                None if others || !stage.may(path, Kind::Fuse) => Some(Held::Others),
                 None if !self.pay(workers(graph, &path[0])) => Some(Held::Budget),
                 None => None,
             };
@@ -228,19 +281,28 @@ impl Governor {
                 held.insert(path.clone(), why);
                 continue;
             }
-            fused.insert(path.clone());
+            stage.fused.insert(path.clone());
             self.change(now, decision, Kind::Fuse, &mut changes);
         }
         (changes, held.into_iter().collect())
+    }
+
+    /// Drops what no wait depends on any more.
+    fn forget(&mut self, now: f64) {
+        let settings = &self.settings;
+        self.changed.retain(|_, at| now - *at < settings.dwell_s);
+        self.deployed.retain(|_, at| now - *at < settings.quiet_s);
+        // Who has done well for as long as it would have been left alone.
+        self.back_off.retain(|_, b| now - b.until < b.next);
     }
 
     /// What is to go: the deepest first.
     fn unfuse(
         &mut self,
         now: f64,
-        graph: &Graph,
         plan: &Plan,
-        fused: &mut HashSet<Names>,
+        coming: &HashSet<&str>,
+        stage: &mut Stage<'_>,
         changes: &mut Vec<Change>,
         held: &mut BTreeMap<Names, Held>,
     ) {
@@ -254,7 +316,7 @@ impl Governor {
         });
         // What may not be, with all that lies below it.
         let must: HashSet<&[String]> = (all.iter())
-            .filter(|d| d.memory == 0)
+            .filter(|d| d.forced)
             .map(|d| d.path.as_slice())
             .collect();
         let forced = |path: &[String]| (2..=path.len()).any(|n| must.contains(&path[..n]));
@@ -262,10 +324,13 @@ impl Governor {
             let path = &decision.path;
             if !forced(path) {
                 let below = |other: &Names| other.len() > path.len() && other.starts_with(path);
+                // Nothing gives up its place for what does not come yet.
+                let early = decision.displaced && !coming.contains(path[0].as_str());
+                let others = early || stage.fused.iter().any(below);
                 let wait = match self.waits(now, decision, Kind::Unfuse) {
                     Some(why) => Some(why),
-                    None if fused.iter().any(below) => Some(Held::Others),
-                    None if !self.pay(workers(graph, &path[0])) => Some(Held::Budget),
+                    None if others || !stage.may(path, Kind::Unfuse) => Some(Held::Others),
+                    None if !self.pay(workers(stage.graph, &path[0])) => Some(Held::Budget),
                     None => None,
                 };
                 if let Some(why) = wait {
@@ -273,7 +338,7 @@ impl Governor {
                     continue;
                 }
             }
-            fused.remove(path);
+            stage.fused.remove(path);
             self.change(now, decision, Kind::Unfuse, changes);
         }
     }
@@ -326,13 +391,13 @@ impl Governor {
         let young = path
             .iter()
             .any(|function| ago(self.deployed.get(function)) < settings.quiet_s);
-        if young {
+        if young && kind == Kind::Fuse {
             Some(Held::Quiet)
         } else if kind == Kind::Fuse && self.back_off.get(path).is_some_and(|b| now < b.until) {
             Some(Held::BackOff)
         } else if ago(self.changed.get(path)) < settings.dwell_s {
             Some(Held::Dwell)
-        } else if now - since < confirm {
+        } else if now - since < confirm || kind == Kind::Fuse && self.is_quiet(path) {
             Some(Held::Unconfirmed)
         } else {
             None
@@ -342,9 +407,12 @@ impl Governor {
     fn fill(&mut self, now: f64) {
         let minutes = self.filled.map_or(0.0, |at| (now - at).max(0.0) / 60.0);
         self.filled = Some(now);
-        let more = |left: f64, most: f64| (left + minutes * most).min(most);
-        self.changes_left = more(self.changes_left, self.settings.changes_per_minute);
-        self.stops_left = more(self.stops_left, self.settings.stop_s_per_minute);
+        let settings = &self.settings;
+        // Less than one a minute is one now and then.
+        let most = settings.changes_per_minute.max(1.0);
+        self.changes_left = (self.changes_left + minutes * settings.changes_per_minute).min(most);
+        let most = settings.stop_s_per_minute;
+        self.stops_left = (self.stops_left + minutes * most).min(most);
     }
 
     /// Takes one change out of the budget, if it is in there. One that stops more
@@ -361,6 +429,43 @@ impl Governor {
     }
 }
 
+/// What is fused while changes are made.
+struct Stage<'a> {
+    graph: &'a Graph,
+    settings: Settings,
+    fused: HashSet<Names>,
+}
+
+impl Stage<'_> {
+    /// Whether a change by itself breaks no limit that holds now: what it relies
+    /// on elsewhere may not be done yet.
+    fn may(&self, path: &[String], kind: Kind) -> bool {
+        let limited = |f: &crate::Function| f.memory_room.is_some() || f.cores.is_some();
+        if !self.graph.functions.iter().any(limited) {
+            return true;
+        }
+        let place: HashMap<&str, usize> = (self.graph.functions.iter().enumerate())
+            .map(|(index, function)| (function.name.as_str(), index))
+            .collect();
+        let index = |path: &[String]| -> Option<Path> {
+            path.iter()
+                .map(|name| place.get(name.as_str()).copied())
+                .collect()
+        };
+        let before: HashSet<Path> = self.fused.iter().filter_map(|p| index(p)).collect();
+        let Some(path) = index(path) else {
+            return true;
+        };
+        let mut after = before.clone();
+        match kind {
+            Kind::Fuse => after.insert(path),
+            Kind::Unfuse => after.remove(&path),
+        };
+        let count = |set| violations(self.graph, set, &self.settings);
+        count(&after) <= count(&before)
+    }
+}
+
 fn workers(graph: &Graph, function: &str) -> u32 {
     let found = graph.functions.iter().find(|f| f.name == function);
     found.map_or(0, |f| f.workers)
@@ -369,12 +474,11 @@ fn workers(graph: &Graph, function: &str) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::forest::Path;
     use crate::plan::plan;
     use crate::testing::{chain, edge, function};
 
     /// A node whose changes are made as they are told.
-    struct Stage {
+    struct Trial {
         settings: Settings,
         governor: Governor,
         fused: HashSet<Path>,
@@ -382,10 +486,10 @@ mod tests {
         held: Vec<(Names, Held)>,
     }
 
-    impl Stage {
-        fn new(settings: Settings) -> Stage {
-            Stage {
-                governor: Governor::new(settings.clone()),
+    impl Trial {
+        fn new(settings: Settings) -> Trial {
+            Trial {
+                governor: Governor::new(settings.clone()).unwrap(),
                 settings,
                 fused: HashSet::new(),
                 changes: Vec::new(),
@@ -394,8 +498,9 @@ mod tests {
         }
 
         fn at(&mut self, now: f64, graph: &Graph) {
-            let graph = self.governor.average(now, graph.clone());
-            let plan = plan(&graph, &self.fused, &self.settings).unwrap();
+            let graph = self.governor.average(now, graph.clone()).unwrap();
+            let apart = self.governor.apart(now, &graph);
+            let plan = plan(&graph, &self.fused, &apart, &self.settings).unwrap();
             let (changes, held) = self.governor.step(now, &graph, &plan);
             for change in changes {
                 let index = |name: &String| {
@@ -436,11 +541,11 @@ mod tests {
                 },
             )
         };
-        let mut stage = Stage::new(Settings::default());
+        let mut stage = Trial::new(Settings::default());
         stage.run(0..1000, burst);
         assert_eq!(stage.changes, []);
         // Without the waits it would have.
-        let mut hasty = Stage::new(Settings {
+        let mut hasty = Trial::new(Settings {
             confirm_s: 0.0,
             average_s: 1.0,
             ..Settings::default()
@@ -462,12 +567,12 @@ mod tests {
                 },
             )
         };
-        let mut stage = Stage::new(Settings::default());
+        let mut stage = Trial::new(Settings::default());
         stage.run(0..7200, waves);
         let all: Vec<Kind> = stage.changes.iter().map(|c| c.1).collect();
         assert_eq!(all, [Kind::Fuse], "{:?}", stage.changes);
         // Dwell, averages and the wide border, each off: it flaps.
-        let mut flapping = Stage::new(Settings {
+        let mut flapping = Trial::new(Settings {
             dwell_s: 0.0,
             average_s: 1.0,
             confirm_s: 0.0,
@@ -480,7 +585,7 @@ mod tests {
 
     #[test]
     fn what_was_just_changed_stays_for_a_while() {
-        let mut stage = Stage::new(Settings {
+        let mut stage = Trial::new(Settings {
             confirm_s: 0.0,
             average_s: 1.0,
             ..Settings::default()
@@ -498,7 +603,7 @@ mod tests {
     #[test]
     fn a_deployment_is_waited_for() {
         let graph = chain(&["A", "B"], 5000.0);
-        let mut stage = Stage::new(Settings::default());
+        let mut stage = Trial::new(Settings::default());
         stage.governor.deployed(0.0, "B");
         stage.run(0..60, |_| graph.clone());
         assert_eq!(stage.changes, []);
@@ -515,7 +620,7 @@ mod tests {
             graph.functions.push(function(&format!("B{index}"), 0.0));
             graph.edges.push(edge(2 * index, 2 * index + 1, 5000.0));
         }
-        let mut stage = Stage::new(Settings::default());
+        let mut stage = Trial::new(Settings::default());
         stage.run(0..400, |_| graph.clone());
         assert_eq!(stage.fused.len(), 40);
         let within = |from: f64, to: f64| {
@@ -530,7 +635,7 @@ mod tests {
         for function in &mut graph.functions {
             function.workers = 25;
         }
-        let mut stage = Stage::new(Settings::default());
+        let mut stage = Trial::new(Settings::default());
         stage.run(0..310, |_| graph.clone());
         assert!(
             (8..=13).contains(&stage.changes.len()),
@@ -544,7 +649,7 @@ mod tests {
     fn who_did_badly_is_left_alone_for_longer_each_time() {
         let graph = chain(&["A", "B"], 5000.0);
         let path = ["A".to_owned(), "B".to_owned()];
-        let mut stage = Stage::new(Settings::default());
+        let mut stage = Trial::new(Settings::default());
         let mut times = Vec::new();
         for now in (0..8000).step_by(10) {
             let now = f64::from(now);
@@ -564,7 +669,7 @@ mod tests {
     #[test]
     fn what_may_not_be_goes_at_once_with_all_below_it() {
         let mut graph = chain(&["A", "B", "C"], 5000.0);
-        let mut stage = Stage::new(Settings::default());
+        let mut stage = Trial::new(Settings::default());
         stage.run(0..50, |_| graph.clone());
         let order: Vec<&str> = stage.changes.iter().map(|c| c.2.as_str()).collect();
         assert_eq!(order, ["A/B", "A/B/C"]);
@@ -574,5 +679,104 @@ mod tests {
         let order: Vec<&str> = stage.changes[2..].iter().map(|c| c.2.as_str()).collect();
         assert_eq!(order, ["A/B/C", "A/B"]);
         assert!(stage.fused.is_empty());
+    }
+
+    #[test]
+    fn an_edge_that_is_missing_once_is_not_gone() {
+        let graph = chain(&["A", "B"], 5000.0);
+        let mut without = graph.clone();
+        without.edges.clear();
+        let mut stage = Trial::new(Settings::default());
+        for round in 0..400_u32 {
+            let measured = if round % 40 == 39 { &without } else { &graph };
+            stage.at(f64::from(round) * 10.0, measured);
+        }
+        assert_eq!(stage.changes.len(), 1, "{:?}", stage.changes);
+        // For good it goes like one that nobody calls.
+        for round in 400..1000_u32 {
+            stage.at(f64::from(round) * 10.0, &without);
+        }
+        assert_eq!(stage.changes.len(), 2, "{:?}", stage.changes);
+        assert!(stage.governor.rates.is_empty());
+    }
+
+    #[test]
+    fn nothing_gives_up_its_place_for_what_is_left_alone() {
+        let mut graph = chain(&["A", "B"], 9000.0);
+        graph.functions.push(function("C", 0.0));
+        graph.edges.push(edge(0, 2, 5000.0));
+        graph.functions[0].memory_room = Some(150 << 10);
+        let mut stage = Trial::new(Settings::default());
+        let path = ["A".to_owned(), "B".to_owned()];
+        stage.governor.failed(0.0, &path);
+        stage.run(0..600, |_| graph.clone());
+        assert_eq!(stage.fused, HashSet::from([vec![0, 2]]));
+        // Then it gets it, as it is so much better.
+        stage.run(600..3000, |_| graph.clone());
+        assert_eq!(stage.fused, HashSet::from([vec![0, 1]]));
+        assert_eq!(stage.changes.len(), 3, "{:?}", stage.changes);
+    }
+
+    #[test]
+    fn limits_hold_while_others_wait() {
+        // B fits into A only once A itself has gone into R.
+        let mut graph = chain(&["R", "A", "B"], 5000.0);
+        graph.functions[1].arrivals = 500.0;
+        graph.edges[1].rate = 5500.0;
+        graph.functions[1].cores = Some(0.07 / 0.8);
+        let mut stage = Trial::new(Settings {
+            depth: 2,
+            ..Settings::default()
+        });
+        stage.governor.deployed(0.0, "R");
+        stage.run(0..60, |_| graph.clone());
+        assert_eq!(stage.changes, []);
+        stage.run(60..200, |_| graph.clone());
+        let order: Vec<&str> = stage.changes.iter().map(|c| c.2.as_str()).collect();
+        assert_eq!(order, ["R/A", "A/B"]);
+    }
+
+    #[test]
+    fn what_holds_more_than_it_may_goes_at_once() {
+        let mut graph = chain(&["A", "B"], 5000.0);
+        let mut stage = Trial::new(Settings::default());
+        stage.run(0..50, |_| graph.clone());
+        graph.functions[0].memory_room = Some(10);
+        stage.at(50.0, &graph);
+        assert_eq!(stage.changes.len(), 2, "{:?}", stage.changes);
+    }
+
+    #[test]
+    fn a_measurement_that_makes_no_sense_is_passed_over() {
+        let graph = chain(&["A", "B"], 5000.0);
+        let mut wrong = graph.clone();
+        wrong.edges[0].rate = f64::NAN;
+        let mut stage = Trial::new(Settings::default());
+        assert!(stage.governor.average(0.0, wrong).is_err());
+        stage.run(0..100, |_| graph.clone());
+        assert_eq!(stage.changes.len(), 1);
+    }
+
+    #[test]
+    fn names_that_are_gone_are_forgotten() {
+        let mut stage = Trial::new(Settings::default());
+        for number in 0..200_u32 {
+            let names = [format!("A{number}"), format!("B{number}")];
+            let graph = chain(&[names[0].as_str(), names[1].as_str()], 5000.0);
+            let now = f64::from(number) * 1000.0;
+            stage.governor.deployed(now, &names[0]);
+            stage.fused.clear();
+            stage.at(now, &graph);
+            stage.at(now + 100.0, &graph);
+        }
+        let governor = &stage.governor;
+        for left in [
+            governor.rates.len(),
+            governor.arrivals.len(),
+            governor.changed.len(),
+            governor.deployed.len(),
+        ] {
+            assert!(left < 12, "{governor:?}");
+        }
     }
 }

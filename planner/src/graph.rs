@@ -7,6 +7,8 @@ use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::settings::WrongSetting;
+
 /// A function of the node.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -80,6 +82,17 @@ pub enum GraphError {
         /// Name.
         callee: String,
     },
+    /// A path that is fused names a function that is not there, or none.
+    #[error("a fused path names functions {path:?}, of {functions}")]
+    NoPath {
+        /// What it names.
+        path: Vec<usize>,
+        /// How many there are.
+        functions: usize,
+    },
+    /// A setting that makes no sense.
+    #[error(transparent)]
+    Setting(#[from] WrongSetting),
     /// A number that is none, is negative, or infinite.
     #[error("{what} is {value}: a finite number of at least 0 is wanted")]
     Number {

@@ -29,4 +29,4 @@ pub use forest::Path;
 pub use governor::{Change, Governor, Held, Kind};
 pub use graph::{Edge, Function, Graph, GraphError};
 pub use plan::{Decision, Plan, Proof, Search, Verdict, plan, plan_by};
-pub use settings::Settings;
+pub use settings::{Settings, WrongSetting};

@@ -39,8 +39,8 @@ pub struct Decision {
     /// Seconds of RPC overhead that it saves per second, as planned; of what is
     /// not to be fused, what it would save by itself beside the plan.
     pub saved_per_s: f64,
-    /// Seconds per second that it costs to have: memory, and the change spread
-    /// over the horizon.
+    /// Seconds per second that it must save: memory and the change spread over
+    /// the horizon, times the hysteresis, or divided by it where it is fused.
     pub cost_per_s: f64,
     /// Bytes that it holds in all of its root's workers.
     pub memory: u64,
@@ -50,6 +50,10 @@ pub struct Decision {
     /// It is un-fused though it saves more than it costs: for something better.
     #[serde(default)]
     pub displaced: bool,
+    /// It is un-fused because it may not stay: forbidden, not called any more, or
+    /// its worker holds more than it may.
+    #[serde(default)]
+    pub forced: bool,
     /// Why, in words.
     pub reason: String,
 }
@@ -93,12 +97,18 @@ pub enum Search {
     Heuristic,
 }
 
-/// Plans.
+/// Plans. Paths that are `apart` are not to be fused
+/// ([`Governor::apart`](crate::Governor::apart)).
 ///
 /// # Errors
-/// The graph makes no sense.
-pub fn plan(graph: &Graph, fused: &HashSet<Path>, settings: &Settings) -> Result<Plan, GraphError> {
-    plan_by(graph, fused, settings, Search::Both)
+/// The graph, what is fused, or the settings make no sense.
+pub fn plan(
+    graph: &Graph,
+    fused: &HashSet<Path>,
+    apart: &HashSet<Path>,
+    settings: &Settings,
+) -> Result<Plan, GraphError> {
+    plan_by(graph, fused, apart, settings, Search::Both)
 }
 
 /// Plans, in a certain way.
@@ -108,12 +118,22 @@ pub fn plan(graph: &Graph, fused: &HashSet<Path>, settings: &Settings) -> Result
 pub fn plan_by(
     graph: &Graph,
     fused: &HashSet<Path>,
+    apart: &HashSet<Path>,
     settings: &Settings,
     search: Search,
 ) -> Result<Plan, GraphError> {
     graph.check()?;
+    settings.check()?;
+    let functions = graph.functions.len();
+    let known = |path: &Path| path.len() > 1 && path.iter().all(|f| *f < functions);
+    if let Some(path) = fused.iter().find(|path| !known(path)) {
+        return Err(GraphError::NoPath {
+            path: path.clone(),
+            functions,
+        });
+    }
     let calls = Calls::of(graph);
-    let forest = Forest::grow(&calls, fused, settings);
+    let forest = Forest::grow(&calls, fused, apart, settings);
     let model = Model::new(&calls, &forest, settings);
     let (selected, proof, complaints) = choose(&model, search);
     Ok(tell(&model, &selected, proof, complaints))
@@ -132,7 +152,7 @@ pub(crate) fn choose(model: &Model<'_>, search: Search) -> (Vec<bool>, Proof, Ve
         current
     };
     let climbed = || {
-        let starts = [required.clone(), current.clone(), vec![true; n]];
+        let starts = [current.clone(), required.clone(), vec![true; n]];
         ascent::climb(model, &required, &starts)
     };
     if search == Search::Both && n <= model.settings.exact_up_to {
@@ -185,8 +205,15 @@ fn tell(model: &Model<'_>, selected: &[bool], proof: Proof, complaints: Vec<Stri
     let candidates = &model.forest.candidates;
     let outcome = model.outcome(selected);
     let now: Vec<bool> = candidates.iter().map(|c| c.fused).collect();
+    // Roots whose workers hold more now than they may.
+    let over: Vec<bool> = (graph.functions.iter().enumerate())
+        .map(|(root, f)| {
+            f.memory_room
+                .is_some_and(|room| model.held(root, &now) > room)
+        })
+        .collect();
     let mut decisions: Vec<Decision> = (0..candidates.len())
-        .map(|c| decision(model, selected, &outcome, c))
+        .map(|c| decision(model, selected, &outcome, &over, c))
         .collect();
     let names = |path: &[usize]| path.iter().map(|&f| graph.name(f).to_owned()).collect();
     for (path, why) in &model.forest.lost {
@@ -200,6 +227,7 @@ fn tell(model: &Model<'_>, selected: &[bool], proof: Proof, complaints: Vec<Stri
             memory: 0,
             pays_after_s: None,
             displaced: false,
+            forced: true,
             reason: why.clone(),
         });
     }
@@ -215,6 +243,7 @@ fn tell(model: &Model<'_>, selected: &[bool], proof: Proof, complaints: Vec<Stri
                 memory: 0,
                 pays_after_s: None,
                 displaced: false,
+                forced: false,
                 reason: why,
             });
         }
@@ -230,7 +259,13 @@ fn tell(model: &Model<'_>, selected: &[bool], proof: Proof, complaints: Vec<Stri
     }
 }
 
-fn decision(model: &Model<'_>, selected: &[bool], outcome: &Outcome, c: usize) -> Decision {
+fn decision(
+    model: &Model<'_>,
+    selected: &[bool],
+    outcome: &Outcome,
+    over: &[bool],
+    c: usize,
+) -> Decision {
     let graph = model.calls.graph;
     let candidate = &model.forest.candidates[c];
     let (is, will) = (candidate.fused, selected[c]);
@@ -245,7 +280,10 @@ fn decision(model: &Model<'_>, selected: &[bool], outcome: &Outcome, c: usize) -
         (true, false) => Verdict::Unfuse,
         _ => Verdict::Keep,
     };
+    let over = over[candidate.root()];
+    let required = candidate.parent.is_none() && graph.edges[candidate.edge].required;
     let reason = match (is, will) {
+        (_, true) if required => "the policy requires it".to_owned(),
         (false, true) => "saves more than it costs".to_owned(),
         (true, true) => "still saves more than it costs to hold".to_owned(),
         (_, false) if without_parent => format!(
@@ -268,11 +306,21 @@ fn decision(model: &Model<'_>, selected: &[bool], outcome: &Outcome, c: usize) -
         calls_per_s: calls,
         saved_per_s: saved,
         cost_per_s: on,
-        memory: callee.graft_bytes * u64::from(root.workers),
+        memory: callee.graft_bytes.saturating_mul(u64::from(root.workers)),
         pays_after_s: (once > 0.0 && saved > 0.0).then(|| once / saved),
-        displaced: verdict == Verdict::Unfuse && saved > on,
+        displaced: verdict == Verdict::Unfuse && saved > on && !over,
+        forced: verdict == Verdict::Unfuse && over,
         reason,
     }
+}
+
+/// How many limits do not hold with exactly these paths fused.
+pub(crate) fn violations(graph: &Graph, fused: &HashSet<Path>, settings: &Settings) -> usize {
+    let calls = Calls::of(graph);
+    let forest = Forest::grow(&calls, fused, &HashSet::new(), settings);
+    let model = Model::new(&calls, &forest, settings);
+    let selected: Vec<bool> = forest.candidates.iter().map(|c| c.fused).collect();
+    model.outcome(&selected).violations
 }
 
 /// Why something that would pay by itself is not taken.
@@ -284,7 +332,7 @@ fn limit(model: &Model<'_>, selected: &[bool], outcome: &Outcome, c: usize) -> S
     let callee = &graph.functions[candidate.function()];
     let held = model.held(root, selected);
     if let Some(room) = function.memory_room
-        && held + callee.graft_bytes > room
+        && held.saturating_add(callee.graft_bytes) > room
     {
         return format!(
             "{} has room for {room} bytes of grafts a worker, {held} of them better used",
@@ -318,7 +366,7 @@ mod tests {
 
     fn of(graph: &Graph, fused: &[Path], search: Search) -> Plan {
         let fused = fused.iter().cloned().collect();
-        plan_by(graph, &fused, &Settings::default(), search).unwrap()
+        plan_by(graph, &fused, &HashSet::new(), &Settings::default(), search).unwrap()
     }
 
     #[test]
@@ -346,7 +394,7 @@ mod tests {
                 true => HashSet::from([vec![0, 1]]),
                 false => HashSet::new(),
             };
-            let plan = plan(&graph, &fused, &settings).unwrap();
+            let plan = plan(&graph, &fused, &HashSet::new(), &settings).unwrap();
             let found = plan.decisions.iter().find(|d| d.path.len() == 2);
             found.is_some_and(|d| match d.verdict {
                 Verdict::Fuse => true,

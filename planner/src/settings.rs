@@ -89,10 +89,105 @@ impl Default for Settings {
     }
 }
 
+/// A setting that makes no sense.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("{name} is {value}: {wanted} is wanted")]
+pub struct WrongSetting {
+    /// Which.
+    pub name: &'static str,
+    /// What it is.
+    pub value: f64,
+    /// What it may be.
+    pub wanted: &'static str,
+}
+
 impl Settings {
+    /// Looks whether all make sense.
+    ///
+    /// # Errors
+    /// The first that does not.
+    pub fn check(&self) -> Result<(), WrongSetting> {
+        let over = "a number above 0";
+        let least = "a number of at least 0";
+        for (name, value, wanted, from) in [
+            ("horizon-s", self.horizon_s, over, f64::MIN_POSITIVE),
+            ("hysteresis", self.hysteresis, "a number of at least 1", 1.0),
+            ("memory-price-s", self.memory_price_s, least, 0.0),
+            ("inject-s", self.inject_s, least, 0.0),
+            ("revert-s", self.revert_s, least, 0.0),
+            ("busy-share", self.busy_share, over, f64::MIN_POSITIVE),
+            ("margin", self.margin, least, 0.0),
+            ("confirm-s", self.confirm_s, least, 0.0),
+            ("displace-s", self.displace_s, least, 0.0),
+            ("quiet-s", self.quiet_s, least, 0.0),
+            ("dwell-s", self.dwell_s, least, 0.0),
+            (
+                "changes-per-minute",
+                self.changes_per_minute,
+                over,
+                f64::MIN_POSITIVE,
+            ),
+            (
+                "stop-s-per-minute",
+                self.stop_s_per_minute,
+                over,
+                f64::MIN_POSITIVE,
+            ),
+            ("stop-s", self.stop_s, least, 0.0),
+            ("average-s", self.average_s, over, f64::MIN_POSITIVE),
+            ("back-off-s", self.back_off_s, least, 0.0),
+        ] {
+            if !(value.is_finite() && value >= from) {
+                return Err(WrongSetting {
+                    name,
+                    value,
+                    wanted,
+                });
+            }
+        }
+        if !(2..=16).contains(&self.depth) {
+            #[expect(clippy::cast_precision_loss, reason = "to be shown")]
+            return Err(WrongSetting {
+                name: "depth",
+                value: self.depth as f64,
+                wanted: "2 to 16",
+            });
+        }
+        Ok(())
+    }
+
     /// The exact solver's time.
     #[must_use]
     pub fn exact_within(&self) -> Duration {
         Duration::from_millis(self.exact_within_ms)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_makes_no_sense_is_told() {
+        assert_eq!(Settings::default().check(), Ok(()));
+        let told = |change: &dyn Fn(&mut Settings)| {
+            let mut settings = Settings::default();
+            change(&mut settings);
+            settings.check().unwrap_err().to_string()
+        };
+        assert_eq!(
+            told(&|s| s.hysteresis = 0.5),
+            "hysteresis is 0.5: a number of at least 1 is wanted"
+        );
+        assert_eq!(
+            told(&|s| s.changes_per_minute = f64::NAN),
+            "changes-per-minute is NaN: a number above 0 is wanted"
+        );
+        assert_eq!(
+            told(&|s| s.depth = 1_000_000),
+            "depth is 1000000: 2 to 16 is wanted"
+        );
+        assert!(told(&|s| s.horizon_s = -1.0).starts_with("horizon-s is -1"));
+        assert!(told(&|s| s.stop_s_per_minute = 0.0).contains("above 0"));
     }
 }

@@ -48,20 +48,35 @@ pub(super) fn complete(
     sites: &Sites,
     plan: &mut PatchPlan,
 ) -> Result<(), Refused> {
-    let before = plan.manifest.windows.clone();
     // A library may call the callee by a constant at one site and by a name
     // that only running tells at another, which a site of its own does not lead
     // anywhere. What it costs is a look at the name in every call that stays an
     // RPC, until its site has been seen.
     let needed =
         sites.usable.is_empty() || !sites.unfused.is_empty() || input.code.may_pass_other_names();
-    if needed && !plan.has_routine() {
-        match routine(input, plan) {
-            Ok(island) => add(plan, island),
-            // Some sites are better than none.
-            Err(_) if !sites.usable.is_empty() => {}
-            Err(refused) => return Err(refused),
+    if needed && !sites.usable.is_empty() && !plan.has_routine() {
+        // Some sites are better than none: where there is no window, or no
+        // memory for it, they do without.
+        let mut whole = plan.clone();
+        if complete_with(input, &mut whole, true).is_ok() {
+            *plan = whole;
+            return Ok(());
         }
+        return complete_with(input, plan, false);
+    }
+    complete_with(input, plan, needed)
+}
+
+/// The same, with the routine's window or as it is.
+fn complete_with(
+    input: &Input<'_>,
+    plan: &mut PatchPlan,
+    with_routine: bool,
+) -> Result<(), Refused> {
+    let before = plan.manifest.windows.clone();
+    if with_routine && !plan.has_routine() {
+        let island = routine(input, plan)?;
+        add(plan, island);
     }
     if plan.has_routine() {
         plan.through_routine = std::mem::take(&mut plan.unfused);

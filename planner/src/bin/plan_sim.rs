@@ -81,10 +81,11 @@ fn main() -> Result<ExitCode> {
         report.large, report.large_violations, report.thousand_functions_s
     );
     println!(
-        "{} graphs under {} hours of noisy load: {} changes, {} flaps ({} without averages, waits and hysteresis); {} of {} edges gone cold un-fused",
+        "{} graphs under {} hours of noisy load: {} changes, {} of them reversed within an hour, {} flaps ({} without averages, waits and hysteresis); {} of {} edges gone cold un-fused",
         report.load.graphs,
         report.load.hours,
         report.load.changes,
+        report.load.reversals,
         report.load.flaps,
         report.load.flaps_without,
         report.load.cold_unfused,

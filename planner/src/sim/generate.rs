@@ -132,7 +132,7 @@ pub(super) fn fused(seed: u64, graph: &Graph, settings: &Settings) -> HashSet<Pa
         return fused;
     }
     let calls = Calls::of(graph);
-    let forest = Forest::grow(&calls, &fused, settings);
+    let forest = Forest::grow(&calls, &fused, &HashSet::new(), settings);
     for candidate in &forest.candidates {
         let parent = &candidate.path[..candidate.path.len() - 1];
         if (candidate.parent.is_none() || fused.contains(parent)) && random.f64() < 0.4 {

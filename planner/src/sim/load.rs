@@ -15,7 +15,8 @@ use crate::settings::Settings;
 const STEP: u32 = 15;
 /// How much rates scatter, as the deviation of their logarithm.
 const NOISE: f64 = 0.4;
-/// A path that changes back within this many seconds has flapped.
+/// A path that changes, changes back and changes again within this many seconds
+/// has flapped.
 const FLAP: f64 = 3600.0;
 
 /// What noisy load did.
@@ -27,8 +28,10 @@ pub struct Flaps {
     pub hours: u32,
     /// Changes made.
     pub changes: usize,
-    /// Paths that changed and changed back within an hour while the load was
-    /// the same but for noise.
+    /// Paths that changed back within an hour while the load was the same but for
+    /// noise: first choices that were put right.
+    pub reversals: usize,
+    /// Those that changed, changed back and changed again within an hour.
     pub flaps: usize,
     /// The same without averages, waits and hysteresis: what they are for.
     pub flaps_without: usize,
@@ -57,6 +60,7 @@ pub(super) fn run(options: &Options, settings: &Settings) -> Flaps {
         all.graphs += 1;
         let noise = simulate(graph, settings, seed, options.hours, false);
         all.changes += noise.changes;
+        all.reversals += noise.reversals;
         all.flaps += noise.flaps;
         all.flaps_without += simulate(graph, &hasty, seed, options.hours, false).flaps;
         let gone = simulate(graph, settings, seed, options.hours, true);
@@ -68,6 +72,7 @@ pub(super) fn run(options: &Options, settings: &Settings) -> Flaps {
 
 struct Simulated {
     changes: usize,
+    reversals: usize,
     flaps: usize,
     fused_before: usize,
     fused_after: usize,
@@ -83,10 +88,13 @@ fn noise(random: &mut fastrand::Rng) -> f64 {
 /// Runs it; with `stops`, there is no load in the second half.
 fn simulate(graph: &Graph, settings: &Settings, seed: u64, hours: u32, stops: bool) -> Simulated {
     let mut random = fastrand::Rng::with_seed(seed);
-    let mut governor = Governor::new(settings.clone());
+    // Settings of our own, which make sense.
+    let Ok(mut governor) = Governor::new(settings.clone()) else {
+        unreachable!("settings that make no sense")
+    };
     let mut fused: HashSet<Path> = HashSet::new();
-    let mut last: HashMap<Path, (f64, Kind)> = HashMap::new();
-    let (mut changes, mut flaps, mut fused_before) = (0, 0, 0);
+    let mut made: HashMap<Path, Vec<f64>> = HashMap::new();
+    let (mut changes, mut reversals, mut flaps, mut fused_before) = (0, 0, 0, 0);
     let end = hours * 3600;
     for now in (0..end).step_by(STEP as usize) {
         let mut measured = graph.clone();
@@ -106,9 +114,14 @@ fn simulate(graph: &Graph, settings: &Settings, seed: u64, hours: u32, stops: bo
             };
         }
         let now = f64::from(now);
-        let average = governor.average(now, measured);
+        // An edge now and then is not measured at all.
+        measured.edges.retain(|_| random.f64() > 0.02);
+        let Ok(average) = governor.average(now, measured) else {
+            continue;
+        };
+        let apart = governor.apart(now, &average);
         // Of made-up numbers within their ranges.
-        let Ok(plan) = plan(&average, &fused, settings) else {
+        let Ok(plan) = plan(&average, &fused, &apart, settings) else {
             continue;
         };
         let (now_made, _) = governor.step(now, &average, &plan);
@@ -120,12 +133,19 @@ fn simulate(graph: &Graph, settings: &Settings, seed: u64, hours: u32, stops: bo
                 Kind::Unfuse => fused.remove(&path),
             };
             changes += 1;
-            let before = last.insert(path, (now, change.kind));
-            flaps += usize::from(before.is_some_and(|(at, _)| now - at < FLAP));
+            let times = made.entry(path).or_default();
+            let since = |back: usize| {
+                let at = times.len().checked_sub(back).map(|i| times[i]);
+                at.is_some_and(|at| now - at < FLAP)
+            };
+            reversals += usize::from(since(1));
+            flaps += usize::from(since(2));
+            times.push(now);
         }
     }
     Simulated {
         changes,
+        reversals,
         flaps,
         fused_before,
         fused_after: fused.len(),

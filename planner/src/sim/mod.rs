@@ -165,7 +165,7 @@ pub fn run(options: &Options, say: &dyn Fn(&str)) -> Report {
 
 fn violations(graph: &Graph, settings: &Settings) -> usize {
     let calls = Calls::of(graph);
-    let forest = Forest::grow(&calls, &HashSet::new(), settings);
+    let forest = Forest::grow(&calls, &HashSet::new(), &HashSet::new(), settings);
     let model = Model::new(&calls, &forest, settings);
     let (selected, ..) = choose(&model, Search::Both);
     usize::from(model.outcome(&selected).violations > 0)
@@ -183,7 +183,7 @@ fn compare(
     settings: &Settings,
 ) -> bool {
     let calls = Calls::of(graph);
-    let forest = Forest::grow(&calls, fused, settings);
+    let forest = Forest::grow(&calls, fused, &HashSet::new(), settings);
     let model = Model::new(&calls, &forest, settings);
     let tried = exhaustive::best(&model);
     let best = tried.or_else(|| {
