@@ -27,6 +27,7 @@ pub mod held;
 pub mod journal;
 pub mod load;
 pub mod manifest;
+pub mod observed;
 pub mod plan;
 pub mod recover;
 pub mod refused;

@@ -13,11 +13,15 @@
 //! An answer other than 200 carries an [`ErrorBody`]. Fields may be added
 //! within a version; none is removed or changes its meaning.
 
+mod graph;
+
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use crate::grafter::{CalleeState, GraftStatus, PatchReceipt, RevertReceipt, Verdict};
+
+pub use graph::*;
 
 /// Path of the health check.
 pub const HEALTH: &str = "/v1/health";
@@ -33,6 +37,13 @@ pub const PATCH: &str = "/v1/patch";
 pub const REVERT: &str = "/v1/revert";
 /// Path that lifts an edge's quarantine.
 pub const UNQUARANTINE: &str = "/v1/unquarantine";
+
+/// Path that begins or ends observing.
+pub const OBSERVE: &str = "/v1/observe";
+/// Path of the graph.
+pub const GRAPH: &str = "/v1/graph";
+/// Path of the graph's history.
+pub const HISTORY: &str = "/v1/history";
 
 /// Where the agent listens unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/nightgraft/agent.sock";

@@ -40,6 +40,7 @@ pub mod entry;
 pub mod environment;
 pub mod exit;
 pub mod guard;
+pub mod histogram;
 pub mod imports;
 mod input;
 pub mod legacy;
