@@ -384,6 +384,7 @@ mod tests {
         let status = WorkerStatus {
             pid: 1,
             bridge_version: 1,
+            observing: false,
             mapped_bytes: 0,
             grafts: vec![other],
         };

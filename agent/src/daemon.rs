@@ -27,6 +27,7 @@ use crate::discover::docker::{self, DockerSocket};
 use crate::faults::{self, hit};
 use crate::grafter::Target;
 use crate::journal::{Disk, Epoch, Opening};
+use crate::observer::Observer;
 use crate::policy::Policy;
 use crate::quarantine::{self, Quarantine};
 use crate::recovery::Recovery;
@@ -48,6 +49,8 @@ Files:
   SOCKET.quarantine.json  edges that are not fused again until they are
                           unquarantined
   STATE_DIR/journal.redb  what was done to workers
+  STATE_DIR/observe.json  which functions are observed
+  STATE_DIR/history.redb  what they called
 
 Needs root; in a container --pid=host and --cap-add SYS_PTRACE.";
 
@@ -132,6 +135,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         None => Policy::default(),
     };
     let policy = Arc::new(policy);
+    raise_descriptors();
     #[cfg(feature = "fault-points")]
     faults::arm().context("the fault points can't be armed")?;
     let (socket, listener) = socket::bind(&args.socket)?;
@@ -166,14 +170,19 @@ fn run(args: Args) -> anyhow::Result<()> {
     })?;
     let watch = Watch::start(quarantine, grafter.clone(), proc_root.clone())
         .context("can't start the watch")?;
+    let observer = Observer::open(state.as_ref().map(StateDir::path));
     let (handle, driver) = driver::start(
         grafter.clone(),
         proc_root.clone(),
         policy.clone(),
         watch.clone(),
+        observer.clone(),
         Some((recovery.clone(), known)),
     )
     .context("can't start the driver")?;
+    observer
+        .start(grafter.clone(), proc_root.clone(), handle.weak())
+        .context("can't start the observer")?;
     let tidied = grafter.clone();
     let agent = Agent::new(
         grafter,
@@ -182,6 +191,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         Some(docker),
         policy,
         watch,
+        observer.clone(),
         recovery,
     );
     let served = runtime.block_on(async {
@@ -217,6 +227,7 @@ fn run(args: Args) -> anyhow::Result<()> {
             }
         }
     });
+    observer.stop();
     // What hangs in /proc is left behind.
     runtime.shutdown_timeout(Duration::from_millis(100));
     let deadline = Instant::now() + GRACE;
@@ -232,6 +243,16 @@ fn run(args: Args) -> anyhow::Result<()> {
     drop(state);
     drop(socket);
     served
+}
+
+/// Each worker takes some descriptors: as many are allowed as may be.
+fn raise_descriptors() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
 }
 
 /// Takes the directory and opens the journal. A directory that another agent

@@ -16,12 +16,15 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
-use crate::api::{EdgeRequest, PatchReport, PatchRequest, RevertReport};
+use crate::api::{
+    EdgeRequest, ObserveReport, ObserveRequest, PatchReport, PatchRequest, RevertReport,
+};
 use crate::canary::SystemClock;
 use crate::discover::{ProcRoot, scan_within};
 use crate::error::AgentError;
 use crate::grafter::{Grafter, Target};
 use crate::ops::{self, Context};
+use crate::observer::Observer;
 use crate::policy::Policy;
 use crate::recovery::Recovery;
 use crate::watch::Watch;
@@ -37,6 +40,9 @@ type Reply<T> = oneshot::Sender<Result<T, AgentError>>;
 enum Job {
     Patch(PatchRequest, Reply<PatchReport>),
     Revert(EdgeRequest, Reply<RevertReport>),
+    Observe(ObserveRequest, Reply<ObserveReport>),
+    /// Observes what is to be observed and is not.
+    CatchUp(Reply<ObserveReport>),
 }
 
 impl Job {
@@ -44,6 +50,7 @@ impl Job {
         match self {
             Job::Patch(_, reply) => reply.is_closed(),
             Job::Revert(_, reply) => reply.is_closed(),
+            Job::Observe(_, reply) | Job::CatchUp(reply) => reply.is_closed(),
         }
     }
 }
@@ -66,6 +73,7 @@ pub fn start(
     proc_root: ProcRoot,
     policy: Arc<Policy>,
     watch: Arc<Watch>,
+    observer: Arc<Observer>,
     recovery: Option<(Recovery, Vec<Target>)>,
 ) -> std::io::Result<(DriverHandle, JoinHandle<()>)> {
     let (queue, jobs) = mpsc::channel(QUEUE);
@@ -80,7 +88,8 @@ pub fn start(
             if let Some((recovery, known)) = recovery {
                 recover(&*grafter, &proc_root, &recovery, known);
             }
-            run(jobs, &*grafter, &proc_root, (&policy, &watch), &waiting);
+            let kept = (&*policy, &*watch, &*observer);
+            run(jobs, &*grafter, &proc_root, kept, &waiting);
         })?;
     Ok((handle, thread))
 }
@@ -102,7 +111,7 @@ fn run(
     mut jobs: mpsc::Receiver<Job>,
     grafter: &dyn Grafter,
     proc_root: &ProcRoot,
-    (policy, watch): (&Policy, &Watch),
+    (policy, watch, observer): (&Policy, &Watch, &Observer),
     waiting: &AtomicUsize,
 ) {
     let context = Context {
@@ -111,6 +120,7 @@ fn run(
         proc_root,
         policy,
         watch,
+        observer,
     };
     while let Some(job) = jobs.blocking_recv() {
         if job.abandoned() {
@@ -123,12 +133,23 @@ fn run(
                         .and_then(|node| guarded(|| ops::patch(&context, &node, &request)));
                     let _ = reply.send(answer);
                 }
+                Job::Observe(request, reply) => {
+                    let answer = scan_within(proc_root, SCAN_LIMIT)
+                        .and_then(|node| guarded(|| ops::observe(&context, &node, &request)));
+                    let _ = reply.send(answer);
+                }
+                Job::CatchUp(reply) => {
+                    let answer = scan_within(proc_root, SCAN_LIMIT)
+                        .and_then(|node| guarded(|| Ok(ops::catch_up(&context, &node))));
+                    let _ = reply.send(answer);
+                }
                 Job::Revert(request, reply) => {
                     let answer = scan_within(proc_root, SCAN_LIMIT)
                         .and_then(|node| guarded(|| ops::revert(&context, &node, &request)));
                     let _ = reply.send(answer);
                 }
             }
+            observer.nudge();
         }
         waiting.fetch_sub(1, Ordering::Relaxed);
     }
@@ -174,6 +195,25 @@ impl DriverHandle {
         answer.await.unwrap_or(Err(AgentError::Stopping))
     }
 
+    /// Queues what begins or ends observing, and waits for its end.
+    ///
+    /// # Errors
+    /// [`AgentError::Busy`], [`AgentError::Stopping`], or as [`ops::observe()`].
+    pub async fn observe(&self, request: ObserveRequest) -> Result<ObserveReport, AgentError> {
+        let (reply, answer) = oneshot::channel();
+        self.submit(Job::Observe(request, reply))?;
+        answer.await.unwrap_or(Err(AgentError::Stopping))
+    }
+
+    /// A handle that does not keep the driver from ending.
+    #[must_use]
+    pub fn weak(&self) -> WeakDriver {
+        WeakDriver {
+            queue: self.queue.downgrade(),
+            waiting: Arc::clone(&self.waiting),
+        }
+    }
+
     fn submit(&self, job: Job) -> Result<(), AgentError> {
         self.waiting.fetch_add(1, Ordering::Relaxed);
         self.queue.try_send(job).map_err(|error| {
@@ -183,5 +223,28 @@ impl DriverHandle {
                 mpsc::error::TrySendError::Closed(_) => AgentError::Stopping,
             }
         })
+    }
+}
+
+/// As [`DriverHandle`]; the driver ends while such are left.
+#[derive(Debug, Clone)]
+pub struct WeakDriver {
+    queue: mpsc::WeakSender<Job>,
+    waiting: Arc<AtomicUsize>,
+}
+
+impl WeakDriver {
+    /// Has observed what is to be observed and is not, and waits for it; `None`
+    /// where that could not even be tried. Not to be called on an async thread.
+    #[must_use]
+    pub fn catch_up(&self) -> Option<ObserveReport> {
+        let (reply, answer) = oneshot::channel();
+        let handle = DriverHandle {
+            queue: self.queue.upgrade()?,
+            waiting: Arc::clone(&self.waiting),
+        };
+        handle.submit(Job::CatchUp(reply)).ok()?;
+        drop(handle);
+        answer.blocking_recv().ok()?.ok()
     }
 }

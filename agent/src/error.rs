@@ -137,6 +137,14 @@ pub enum AgentError {
         /// Path.
         path: String,
     },
+    /// What was asked for cannot be kept on the disk, and is not done.
+    #[error("{what} can't be written down: {why}")]
+    NotKept {
+        /// What.
+        what: String,
+        /// Why.
+        why: String,
+    },
     /// A mistake of the agent's own.
     #[error("the agent failed: {detail}")]
     Internal {
@@ -231,6 +239,7 @@ impl AgentError {
             Self::Stopping => "stopping",
             Self::Denied { .. } => "denied",
             Self::NoSuchPath { .. } => "no-such-path",
+            Self::NotKept { .. } => "not-kept",
             Self::Internal { .. } => "internal",
         }
     }
@@ -282,9 +291,12 @@ impl AgentError {
             Self::Timeout { .. } => "what was begun goes on: see `agentctl status`".to_owned(),
             Self::Denied { .. } => "use agentctl as root".to_owned(),
             Self::NoSuchPath { .. } => {
-                "GET /v1/health, /v1/ps, /v1/status; POST /v1/explain, /v1/patch, /v1/revert, \
-                 /v1/unquarantine"
+                "GET /v1/health, /v1/ps, /v1/status, /v1/graph, /v1/history; POST /v1/explain, \
+                 /v1/patch, /v1/revert, /v1/unquarantine, /v1/observe"
                     .to_owned()
+            }
+            Self::NotKept { .. } => {
+                "the agent's --state-dir must be writable and have room".to_owned()
             }
             Self::Internal { .. } => return None,
         };

@@ -5,7 +5,8 @@
 //!
 //! - `NIGHTGRAFT_FAULT=POINT@N`: at the `N`th time that it passes `POINT` it
 //!   kills itself with SIGKILL. No destructor runs and nothing is written.
-//! - `NIGHTGRAFT_FAULT_KILL=PID`: not itself but this process.
+//! - `NIGHTGRAFT_FAULT_KILL=PID`: not itself but this process, with a line to
+//!   stderr (`fault: ends PID`) before.
 //! - `NIGHTGRAFT_FAULT_REFUSE=N`: the `N`th write to the journal fails.
 //! - `NIGHTGRAFT_FAULT_TRACE=FILE`: the name of each point that it passes is
 //!   appended to this file.
@@ -108,6 +109,9 @@ mod armed {
         let passed = AtomicU64::new(0);
         configure(point, move || {
             if passed.fetch_add(1, Ordering::SeqCst) + 1 == number {
+                if victim != Pid::this() {
+                    eprintln!("fault: ends {victim}");
+                }
                 // Whether it is still there is not our question.
                 let _ = kill(victim, Signal::SIGKILL);
             }

@@ -4,20 +4,22 @@
 //! the canary and the API are tested with a fake and no process is touched.
 //! Two kinds of call:
 //!
-//! * [`Grafter::patch`], [`Grafter::revert`], [`Grafter::recover`] change a
-//!   worker. Only the driver's thread calls them, one at a time, always the same
+//! * [`Grafter::patch`], [`Grafter::revert`], [`Grafter::observe`],
+//!   [`Grafter::leave`], [`Grafter::recover`] change a worker. Only the driver's thread calls them, one at a time, always the same
 //!   OS thread (a tracee belongs to the thread that seized it).
 //! * [`Grafter::explain`], [`Grafter::status`], [`Grafter::build_id`],
-//!   [`Grafter::hold`] only read, and [`Grafter::set_gate`] and
+//!   [`Grafter::hold`], [`Grafter::counters`] only read, and [`Grafter::set_gate`] and
 //!   [`Grafter::forget_crash`] store one byte. Any
 //!   thread may call them, also while a worker is being changed.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
 pub use nightgraft_patcher::Refused;
 pub use nightgraft_patcher::effects::{Allowance, Effect};
 pub use nightgraft_patcher::held::Held;
+pub use nightgraft_patcher::observed::Reading;
 pub use nightgraft_patcher::plan::Wanted;
 pub use nightgraft_patcher::recover::{Recovered, Verdict};
 pub use nightgraft_patcher::report::{
@@ -104,7 +106,17 @@ fn holder_text(holder: &Option<i32>) -> String {
     holder.map_or_else(String::new, |pid| format!(" (pid {pid})"))
 }
 
-/// Fuses, un-fuses and reads workers.
+/// The counters of one worker.
+pub trait Counting: Send + fmt::Debug {
+    /// Reads them. Of a worker that has ended this works once more, if its
+    /// memory is held.
+    ///
+    /// # Errors
+    /// They cannot be read (any more).
+    fn read(&mut self) -> Result<Reading, GraftError>;
+}
+
+/// Fuses, un-fuses, observes and reads workers.
 pub trait Grafter: Send + Sync {
     /// Plans the fusing of `callee` into `caller` and touches neither. The plan
     /// tells which effects are not allowed, and is made all the same.
@@ -140,6 +152,27 @@ pub trait Grafter: Send + Sync {
     /// # Errors
     /// Any [`GraftError`] but [`GraftError::Refused`].
     fn revert(&self, caller: &Target, callee_name: &str) -> Result<RevertReceipt, GraftError>;
+
+    /// Has a worker's RPCs and the calls of its function counted. Where they are
+    /// already, the receipt says so ([`PatchReceipt::already`]).
+    ///
+    /// # Errors
+    /// Any [`GraftError`]; the worker then runs its original code.
+    fn observe(&self, worker: &Target) -> Result<PatchReceipt, GraftError>;
+
+    /// The opposite. One whose calls are not counted is no error
+    /// ([`RevertReceipt::nothing`]).
+    ///
+    /// # Errors
+    /// Any [`GraftError`] but [`GraftError::Refused`].
+    fn leave(&self, worker: &Target) -> Result<RevertReceipt, GraftError>;
+
+    /// Opens a worker's counters; `None` where nothing of ours is in it. Stops
+    /// nobody.
+    ///
+    /// # Errors
+    /// As [`Grafter::status`].
+    fn counters(&self, worker: &Target) -> Result<Option<Box<dyn Counting>>, GraftError>;
 
     /// Reads back what of ours is in a worker, through `/proc/PID/mem` alone;
     /// `None` where there is nothing.

@@ -34,6 +34,7 @@ pub mod fuzzing;
 pub mod grafter;
 pub mod journal;
 pub mod live;
+pub mod observer;
 pub mod ops;
 pub mod policy;
 pub mod quarantine;

@@ -8,15 +8,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nightgraft_patcher::analyses::Analyses;
-use nightgraft_patcher::apply::{ApplyError, Limits};
+use nightgraft_patcher::apply::{Applied, ApplyError, Limits};
+use nightgraft_patcher::manifest::OBSERVING;
+use nightgraft_patcher::observed::Counters;
 use nightgraft_patcher::recover;
 use nightgraft_patcher::session::{self, Failure, Function};
 use nightgraft_patcher::snapshot::SnapshotError;
 
 use crate::claim::{self, Claim};
 use crate::grafter::{
-    Explained, GraftError, Grafter, Held, PatchReceipt, Recovered, RevertReceipt, Target, Wanted,
-    WorkerStatus,
+    Counting, Explained, GraftError, Grafter, Held, PatchReceipt, Recovered, RevertReceipt, Target, Wanted,
+    Reading, WorkerStatus,
 };
 use crate::journal::Disk;
 
@@ -29,8 +31,8 @@ const CLAIM_PATIENCE: Duration = Duration::from_secs(30);
 pub struct Live {
     limits: Limits,
     analyses: Analyses,
-    /// Control memories of workers that were patched for the first time, until
-    /// they are held; by pid and start time.
+    /// Control memories of workers that were patched for the first time by this
+    /// agent; by pid and start time. Others take a capability to be found.
     controls: Mutex<HashMap<(i32, u64), File>>,
     journal: Arc<Disk>,
 }
@@ -45,6 +47,41 @@ impl Live {
             controls: Mutex::default(),
             journal,
         }
+    }
+}
+
+impl Live {
+    /// Keeps the control memory that was just made, for as long as the worker
+    /// lives.
+    fn keep(&self, worker: &Target, applied: Applied) -> PatchReceipt {
+        if let Some(control) = applied.control {
+            let mut controls = self.controls.lock().unwrap_or_else(PoisonError::into_inner);
+            // Those of the dead: nobody asks for them any more.
+            controls.retain(|&(pid, start_time), _| started(pid) == Some(start_time));
+            controls.insert((worker.pid, worker.start_time), control);
+        }
+        applied.receipt
+    }
+
+    /// The control memory of a worker that was kept.
+    fn control(&self, worker: &Target) -> Option<File> {
+        let key = (worker.pid, worker.start_time);
+        let controls = self.controls.lock().unwrap_or_else(PoisonError::into_inner);
+        controls.get(&key)?.try_clone().ok()
+    }
+}
+
+/// The counters of a worker, with errors in the agent's words.
+#[derive(Debug)]
+struct OfWorker {
+    counters: Counters,
+    of: Target,
+}
+
+impl Counting for OfWorker {
+    fn read(&mut self) -> Result<Reading, GraftError> {
+        let read = self.counters.read();
+        read.map_err(|error| failed(error.into(), &[&self.of]))
     }
 }
 
@@ -102,27 +139,40 @@ impl Grafter for Live {
             &self.limits,
             &*self.journal,
         )
-        .map(|applied| {
-            if let Some(control) = applied.control {
-                let mut controls = self.controls.lock().unwrap_or_else(PoisonError::into_inner);
-                controls.insert((caller.pid, caller.start_time), control);
-            }
-            applied.receipt
-        })
+        .map(|applied| self.keep(caller, applied))
         .map_err(|failure| failed(failure, &[caller, callee]))
     }
 
     fn hold(&self, worker: &Target) -> Result<Option<Held>, GraftError> {
-        let control = {
-            let mut controls = self.controls.lock().unwrap_or_else(PoisonError::into_inner);
-            controls.remove(&(worker.pid, worker.start_time))
-        };
-        session::hold(function(worker), control).map_err(|failure| failed(failure, &[worker]))
+        session::hold(function(worker), self.control(worker)).map_err(|failure| failed(failure, &[worker]))
     }
 
     fn revert(&self, caller: &Target, callee_name: &str) -> Result<RevertReceipt, GraftError> {
         session::revert(function(caller), callee_name, &self.limits, &*self.journal)
             .map_err(|failure| failed(failure, &[caller]))
+    }
+
+    fn observe(&self, worker: &Target) -> Result<PatchReceipt, GraftError> {
+        session::observe(
+            function(worker),
+            &self.analyses,
+            &self.limits,
+            &*self.journal,
+        )
+        .map(|applied| self.keep(worker, applied))
+        .map_err(|failure| failed(failure, &[worker]))
+    }
+
+    fn leave(&self, worker: &Target) -> Result<RevertReceipt, GraftError> {
+        self.revert(worker, OBSERVING)
+    }
+
+    fn counters(&self, worker: &Target) -> Result<Option<Box<dyn Counting>>, GraftError> {
+        let control = self.control(worker);
+        let counters = Counters::open(function(worker), control)
+            .map_err(|failure| failed(failure, &[worker]))?;
+        let of = worker.clone();
+        Ok(counters.map(|counters| Box::new(OfWorker { counters, of }) as Box<dyn Counting>))
     }
 
     fn status(&self, worker: &Target) -> Result<Option<WorkerStatus>, GraftError> {

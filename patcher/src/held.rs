@@ -71,11 +71,7 @@ pub struct Ended {
 impl Held {
     pub(crate) fn new(process: Process, area: Option<&Map>, control: Option<File>) -> Held {
         let pid = process.pid();
-        let by_map = || {
-            let area = area?;
-            let path = format!("/proc/{pid}/map_files/{:x}-{:x}", area.start, area.end);
-            File::open(path).ok()
-        };
+        let by_map = || open_area(pid.as_raw(), area?);
         Held {
             parent: process
                 .parent()
@@ -171,8 +167,15 @@ fn end(status: i32) -> End {
     }
 }
 
+/// The control memory of a worker, by its mapping; `None` for want of a
+/// capability.
+pub(crate) fn open_area(pid: i32, area: &Map) -> Option<File> {
+    let path = format!("/proc/{pid}/map_files/{:x}-{:x}", area.start, area.end);
+    File::open(path).ok()
+}
+
 /// The control area by itself, at address 0.
-struct Area<'a>(&'a File);
+pub(crate) struct Area<'a>(pub(crate) &'a File);
 
 impl Memory for Area<'_> {
     fn read(&self, address: u64, into: &mut [u8]) -> Result<(), SnapshotError> {
@@ -187,9 +190,10 @@ impl Memory for Area<'_> {
 }
 
 /// The same in the living worker's memory.
-struct Shifted {
-    memory: ProcMemory,
-    base: u64,
+#[derive(Debug)]
+pub(crate) struct Shifted {
+    pub(crate) memory: ProcMemory,
+    pub(crate) base: u64,
 }
 
 impl Memory for Shifted {

@@ -22,6 +22,10 @@ use crate::plan::GUARDED;
 use crate::refused::Refused;
 use crate::snapshot::{Map, Memory, SnapshotError};
 
+/// What stands for a callee where it is the counting of a worker's calls that
+/// begins or ends: no function has an empty name.
+pub const OBSERVING: &str = "";
+
 /// Format of the record itself. What is added to it within a format may be
 /// missed by older agents without harm; anything else makes another format,
 /// which they refuse. In format 1 no window jumps to filler.
@@ -41,8 +45,8 @@ pub struct Region {
 pub struct BridgeAddresses {
     /// `ng_enter`.
     pub enter: u64,
-    /// `ng_hook`.
-    pub hook: u64,
+    /// `ng_called`.
+    pub called: u64,
     /// `ng_routine`.
     pub routine: u64,
     /// What images are bound to, by the bridge's names.
@@ -230,6 +234,12 @@ impl Manifest {
         self.edge(graft) + offset_of!(abi::SharedEdge, gate) as u64
     }
 
+    /// Live address of the byte that says whether the worker's calls are counted.
+    #[must_use]
+    pub fn observing(&self) -> u64 {
+        self.control + offset_of!(Control, observing) as u64
+    }
+
     /// Live address of a graft's gate and counters.
     #[must_use]
     pub fn edge(&self, graft: &GraftRecord) -> u64 {
@@ -285,6 +295,8 @@ pub struct Present {
     pub guards: Vec<bool>,
     /// Whether the guard has taken over actions of signals.
     pub armed: bool,
+    /// Whether the worker's calls are counted.
+    pub observing: bool,
     /// Calls that came through the entry of the worker's own routine.
     pub seen: Vec<SeenCall>,
 }
@@ -423,6 +435,18 @@ pub fn crashed(pid: i32, start_time: u64, area: &dyn Memory) -> Result<Vec<Strin
     Ok(found.map(|g| g.callee).collect())
 }
 
+/// The record in a control area that lies at 0, if there is one of this worker.
+pub(crate) fn in_area(
+    pid: i32,
+    start_time: u64,
+    area: &dyn Memory,
+) -> Result<Option<Manifest>, SnapshotError> {
+    match read_record(pid, start_time, &whole(), area)? {
+        Area::Record(manifest, _) => Ok(Some(*manifest)),
+        Area::Empty | Area::Strange(_) => Ok(None),
+    }
+}
+
 /// A control area at 0.
 fn whole() -> Map {
     Map {
@@ -540,7 +564,10 @@ fn present(
     } else {
         Vec::new()
     };
+    let mut observing = [0];
+    memory.read(manifest.observing(), &mut observing)?;
     Ok(Present {
+        observing: observing[0] != 0,
         states,
         gates,
         armed: armed(&manifest, memory)?,
@@ -608,6 +635,9 @@ pub fn fits(record: &Manifest, maps: &[Map]) -> Result<(), String> {
         Some(area) if area.end - area.start >= size_of::<Control>() as u64 => {}
         _ => return Err(format!("there is no control area at {:#x}", record.control)),
     }
+    if record.version != BRIDGE_VERSION {
+        return Err(format!("it is of a bridge of version {}", record.version));
+    }
     check(record, record.control, maps)
 }
 
@@ -633,7 +663,7 @@ fn check(manifest: &Manifest, control: u64, maps: &[Map]) -> Result<(), String> 
         return Err("a record that does not fit its place".into());
     }
     let bridge = &manifest.bridge;
-    let routines = [bridge.enter, bridge.hook, bridge.routine];
+    let routines = [bridge.enter, bridge.called, bridge.routine];
     for routine in routines.iter().chain(bridge.exports.values()) {
         if !ours(*routine, 1) || !mapped(*routine, 1, true) {
             return Err(format!(
@@ -777,7 +807,7 @@ mod tests {
             worker: 0x20_0000,
             bridge: BridgeAddresses {
                 enter: 0x20_8000,
-                hook: 0x20_8100,
+                called: 0x20_8100,
                 routine: 0x20_8180,
                 exports: BTreeMap::from([
                     ("ng_getenv".into(), 0x20_8200),

@@ -128,6 +128,9 @@ pub struct WorkerStatus {
     pub mapped_bytes: u64,
     /// Edges, in the order in which they were first fused.
     pub grafts: Vec<GraftStatus>,
+    /// Its RPCs and the calls of its function are counted.
+    #[serde(default)]
+    pub observing: bool,
 }
 
 /// One site, proven: its bytes read back after the commit.

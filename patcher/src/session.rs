@@ -9,10 +9,11 @@ use nightgraft_bridge::abi::SharedEdge;
 use crate::analyses::Analyses;
 use crate::apply::{self, Applied, ApplyError, Limits};
 use crate::code::Live;
+use crate::effects::Allowance;
 use crate::elf::{ElfError, Image};
 use crate::held::Held;
 use crate::journal::Journal;
-use crate::manifest::{self, FindError, Present};
+use crate::manifest::{self, FindError, OBSERVING, Present};
 use crate::plan::{self, Input, PatchPlan, Wanted};
 use crate::recover::{self, Recovered, Verdict};
 use crate::refused::Refused;
@@ -139,12 +140,13 @@ pub fn explain(
     analyses: &Analyses,
 ) -> Result<PatchPlan, Failure> {
     let callee = callee.read()?;
-    Ok(planned(caller, &callee, name, wanted, analyses)?.0)
+    Ok(planned(caller, Some(&callee), name, wanted, analyses)?.0)
 }
 
+/// The plan for `callee`; without one, that to count the worker's calls.
 fn planned(
     caller: Function<'_>,
-    callee: &Worker,
+    callee: Option<&Worker>,
     name: &str,
     wanted: Wanted,
     analyses: &Analyses,
@@ -163,10 +165,10 @@ fn planned(
         maps: &caller.maps,
         memory: &memory,
     };
-    let plan = plan::plan(&Input {
+    let input = Input {
         caller: &caller,
         code: &code,
-        callee,
+        callee: callee.unwrap_or(&caller),
         name,
         present: present.as_ref(),
         bridge: &bridge,
@@ -177,7 +179,11 @@ fn planned(
         live: &live,
         wanted,
         analyses,
-    })?;
+    };
+    let plan = match callee {
+        Some(_) => plan::plan(&input)?,
+        None => plan::observe(&input)?,
+    };
     Ok((plan, present))
 }
 
@@ -243,7 +249,7 @@ pub fn patch(
     let callee = callee.read()?;
     if let Some(left) = recovered.filter(|r| r.verdict == Verdict::Left) {
         // What keeps the patch from being done has a name of its own, mostly.
-        let (plan, _) = planned(caller, &callee, name, wanted, analyses)?;
+        let (plan, _) = planned(caller, Some(&callee), name, wanted, analyses)?;
         apply::check(&plan)?;
         return Err(Failure::Refused(Refused::Unreconciled {
             pid: left.pid,
@@ -252,10 +258,40 @@ pub fn patch(
     }
     let mut tries = 1;
     loop {
-        let (plan, present) = planned(caller, &callee, name, wanted, analyses)?;
+        let (plan, present) = planned(caller, Some(&callee), name, wanted, analyses)?;
         if let Some(refused) = plan.refusal() {
             return Err(Failure::Refused(refused));
         }
+        let before = present.as_ref().map(|present| &present.manifest);
+        match apply::apply(&plan, before, limits, journal) {
+            Err(ApplyError::Occupied { .. }) if tries < TRIES => tries += 1,
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// Has a worker's RPCs and calls of its function counted from here on. Else as
+/// [`patch`].
+///
+/// # Errors
+/// See [`Failure`].
+pub fn observe(
+    worker: Function<'_>,
+    analyses: &Analyses,
+    limits: &Limits,
+    journal: &dyn Journal,
+) -> Result<Applied, Failure> {
+    let entry = journal.entry(worker.pid, worker.start_time);
+    entry.map_err(|error| Refused::Journal { reason: error.0 })?;
+    if let Some(left) = recovered(worker, limits, journal)?.filter(|r| r.verdict == Verdict::Left) {
+        return Err(Failure::Refused(Refused::Unreconciled {
+            pid: left.pid,
+            reason: left.notes.join("; "),
+        }));
+    }
+    let mut tries = 1;
+    loop {
+        let (plan, present) = planned(worker, None, OBSERVING, Allowance::NONE.into(), analyses)?;
         let before = present.as_ref().map(|present| &present.manifest);
         match apply::apply(&plan, before, limits, journal) {
             Err(ApplyError::Occupied { .. }) if tries < TRIES => tries += 1,

@@ -78,6 +78,7 @@ pub fn status(present: &Present, memory: &dyn Memory) -> Result<WorkerStatus, Sn
         bridge_version: manifest.version,
         mapped_bytes: total(&manifest.regions),
         grafts,
+        observing: present.observing,
     })
 }
 
@@ -144,7 +145,11 @@ fn signal(number: i32) -> String {
 const MOST_MODULES: u64 = 1024;
 
 /// A live address, by the callee's image that it is in.
-fn place(graft: &GraftRecord, address: u64, memory: &dyn Memory) -> Result<String, SnapshotError> {
+pub(crate) fn place(
+    graft: &GraftRecord,
+    address: u64,
+    memory: &dyn Memory,
+) -> Result<String, SnapshotError> {
     let field = |offset: usize| memory.u64(graft.graft + offset as u64);
     let modules = field(offset_of!(Graft, modules))?;
     let count = field(offset_of!(Graft, module_count))?.min(MOST_MODULES);
@@ -211,7 +216,8 @@ fn counters(
 
 /// The rate of the time-stamp counter, measured once against the monotonic
 /// clock (to about 0.1 %).
-fn cycles_per_nanosecond() -> f64 {
+#[must_use]
+pub fn cycles_per_nanosecond() -> f64 {
     static RATE: OnceLock<f64> = OnceLock::new();
     *RATE.get_or_init(|| {
         let (start, from) = (Instant::now(), cycles());

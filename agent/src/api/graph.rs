@@ -1,10 +1,4 @@
 //! The RPC graph, as it goes over the socket.
-//!
-//! | method and path | request | answer |
-//! |---|---|---|
-//! | `POST /v1/observe` | [`ObserveRequest`] | [`ObserveReport`] |
-//! | `GET /v1/graph` | | [`Graph`] |
-//! | `GET /v1/history` | `?since=SECONDS` | [`History`] |
 
 use serde::{Deserialize, Serialize};
 

@@ -9,6 +9,9 @@
 //! | `POST /v1/patch` | [`PatchRequest`] | [`PatchReport`] |
 //! | `POST /v1/revert` | [`EdgeRequest`] | [`RevertReport`] |
 //! | `POST /v1/unquarantine` | [`EdgeRequest`] | [`UnquarantineReport`] |
+//! | `POST /v1/observe` | [`ObserveRequest`] | [`ObserveReport`] |
+//! | `GET /v1/graph` | | [`Graph`] |
+//! | `GET /v1/history` | `?since=SECONDS` | [`History`] |
 //!
 //! An answer other than 200 carries an [`ErrorBody`]. Fields may be added
 //! within a version; none is removed or changes its meaning.
@@ -287,6 +290,9 @@ pub struct Worker {
     pub traced_by: Option<Tracer>,
     /// What is fused into it.
     pub fused: Vec<FusedEdge>,
+    /// Its RPCs and the calls of its function are counted.
+    #[serde(default)]
+    pub observed: bool,
     /// What could not be read of it.
     pub problem: Option<ErrorInfo>,
 }

@@ -75,6 +75,7 @@ fn a_patch_report_keeps_its_shape() {
 #[test]
 fn a_worker_keeps_its_shape() {
     let worker = Worker {
+        observed: true,
         pid: 11,
         pid_inside: Some(8),
         start_time: 1_000,

@@ -7,6 +7,7 @@
 //! They take a [`Node`] that was scanned for this request alone. No HTTP here,
 //! and no queue.
 
+mod observe;
 mod patch;
 mod read;
 mod revert;
@@ -17,6 +18,7 @@ mod tests;
 
 use std::time::Duration;
 
+pub use observe::{catch_up, observe};
 pub use patch::patch;
 pub use read::{explain, ps, status, unquarantine};
 pub use revert::revert;
@@ -25,6 +27,7 @@ use crate::api::MissingCapability;
 use crate::canary::Clock;
 use crate::discover::{ProcRoot, own_capabilities, sees_the_node};
 use crate::grafter::{GraftError, Grafter};
+use crate::observer::Observer;
 use crate::policy::Policy;
 use crate::watch::Watch;
 
@@ -44,6 +47,8 @@ pub struct Context<'a> {
     pub policy: &'a Policy,
     /// Who watches patched workers, and what is quarantined.
     pub watch: &'a Watch,
+    /// Who reads counters, and what is to be observed.
+    pub observer: &'a Observer,
 }
 
 impl Context<'_> {

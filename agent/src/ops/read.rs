@@ -64,11 +64,13 @@ fn worker(
     let mut problem = None;
     let mut build_id = None;
     let mut fused = Vec::new();
+    let mut observed = false;
     if let Some(target) = found.target() {
         match read_worker(context.grafter, &target) {
             Ok((id, status)) => {
                 build_id = id;
                 fused = status.as_ref().map(fused_edges).unwrap_or_default();
+                observed = status.is_some_and(|status| status.observing);
             }
             Err(GraftError::WorkerGone { .. }) => return None,
             Err(error) => problem = Some(graft_info(&error)),
@@ -96,6 +98,7 @@ fn worker(
         threads: found.threads,
         traced_by: found.tracer,
         fused,
+        observed,
         problem,
     })
 }

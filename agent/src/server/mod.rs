@@ -22,7 +22,8 @@ use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 
 use crate::api::{
-    EXPLAIN, EdgeRequest, ErrorBody, ExplainRequest, Explanation, HEALTH, Health, PATCH, PS,
+    EXPLAIN, EdgeRequest, ErrorBody, ExplainRequest, Explanation, GRAPH, Graph, HEALTH, HISTORY,
+    Health, History, OBSERVE, ObserveReport, ObserveRequest, PATCH, PS,
     PatchReport, PatchRequest, Ps, REVERT, RevertReport, STATUS, Status, UNQUARANTINE,
     UnquarantineReport,
 };
@@ -32,6 +33,7 @@ use crate::discover::{Node, ProcRoot, scan_within};
 use crate::driver::DriverHandle;
 use crate::error::AgentError;
 use crate::grafter::{GraftError, Grafter};
+use crate::observer::Observer;
 use crate::ops::{self, Context, missing_capabilities};
 use crate::policy::Policy;
 use crate::recovery::Recovery;
@@ -84,6 +86,8 @@ pub struct Agent {
     pub policy: Arc<Policy>,
     /// Who watches patched workers, and what is quarantined.
     pub watch: Arc<Watch>,
+    /// Who reads counters, and what is to be observed.
+    pub observer: Arc<Observer>,
     /// What was recovered when the agent started.
     pub recovery: Recovery,
     /// Users that may talk to the agent.
@@ -102,6 +106,7 @@ impl Agent {
         docker: Option<DockerSocket>,
         policy: Arc<Policy>,
         watch: Arc<Watch>,
+        observer: Arc<Observer>,
         recovery: Recovery,
     ) -> Self {
         Self {
@@ -111,6 +116,7 @@ impl Agent {
             docker,
             policy,
             watch,
+            observer,
             recovery,
             allowed_uids: vec![0, nix::unistd::geteuid().as_raw()],
             readers: Arc::new(Semaphore::new(READERS)),
@@ -143,6 +149,7 @@ impl Agent {
                     proc_root,
                     policy,
                     watch,
+                    observer,
                     ..
                 } = &agent;
                 act(
@@ -152,6 +159,7 @@ impl Agent {
                         proc_root,
                         policy,
                         watch,
+                        observer,
                     },
                     node,
                 )
@@ -191,6 +199,9 @@ fn router(agent: Agent) -> Router {
         .route(PATCH, post(patch))
         .route(REVERT, post(revert))
         .route(UNQUARANTINE, post(unquarantine))
+        .route(OBSERVE, post(observe))
+        .route(GRAPH, get(graph))
+        .route(HISTORY, get(history))
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_path)
         .layer(middleware::from_fn_with_state(
@@ -304,6 +315,50 @@ async fn unquarantine(
     Ok(Json(agent.read("unquarantine", lift).await?))
 }
 
+async fn observe(
+    State(agent): State<Agent>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    request: Request,
+) -> Answer<ObserveReport> {
+    let request: ObserveRequest = body(request).await?;
+    tracing::info!(?peer, ?request, "asked to observe");
+    let done = agent.driver.observe(request);
+    Ok(Json(within("observe", WRITE_LIMIT, done).await?))
+}
+
+async fn graph(State(agent): State<Agent>) -> Answer<Graph> {
+    let read = |context: &Context<'_>, node| {
+        Ok(context.observer.graph(context.grafter, &node))
+    };
+    Ok(Json(agent.read("graph", read).await?))
+}
+
+/// Steps of the history in one answer: a month of them.
+const MAX_STEPS: usize = 20_000;
+
+async fn history(State(agent): State<Agent>, request: Request) -> Answer<History> {
+    let bad = |detail: String| AgentError::BadRequest { detail };
+    let since_s = match request.uri().query() {
+        None | Some("") => 0,
+        Some(query) => query
+            .strip_prefix("since=")
+            .and_then(|seconds| seconds.parse::<u64>().ok())
+            .ok_or_else(|| bad(format!("?since=SECONDS (since 1970) is wanted, not ?{query}")))?,
+    };
+    let since_ms = since_s.saturating_mul(1000);
+    let observer = Arc::clone(&agent.observer);
+    let read = tokio::task::spawn_blocking(move || observer.history(since_ms, MAX_STEPS));
+    let read = tokio::time::timeout(READ_LIMIT, read).await;
+    let read = read.map_err(|_| AgentError::Timeout {
+        operation: "history".to_owned(),
+        seconds: READ_LIMIT.as_secs(),
+    })?;
+    let failed = |error: tokio::task::JoinError| AgentError::Internal {
+        detail: error.to_string(),
+    };
+    Ok(Json(read.map_err(failed)?))
+}
+
 async fn within<T>(
     operation: &str,
     limit: Duration,
@@ -412,6 +467,7 @@ fn http_status(error: &AgentError) -> StatusCode {
         | AgentError::PatchIncomplete { .. }
         | AgentError::RevertIncomplete { .. }
         | AgentError::Discovery { .. }
+        | AgentError::NotKept { .. }
         | AgentError::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }

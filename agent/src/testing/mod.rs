@@ -18,8 +18,8 @@ use crate::discover::{Function, Worker};
 use nightgraft_patcher::effects::{Guarded, Seen};
 
 use crate::grafter::{
-    Allowance, CalleeState, EdgeCounters, Effect, Explained, GraftError, GraftStatus, Grafter,
-    GuardState, PatchReceipt, Refused, RevertReceipt, RpcReasons, SiteProof, Target, Wanted,
+    Allowance, CalleeState, Counting, EdgeCounters, Effect, Explained, GraftError, GraftStatus, Grafter,
+    GuardState, PatchReceipt, Reading, Refused, RevertReceipt, RpcReasons, SiteProof, Target, Wanted,
     WorkerStatus,
 };
 
@@ -108,6 +108,8 @@ pub(crate) struct FakeWorker {
     pub(crate) dies_after_moments: bool,
     /// What is read after a patch, in order; the last one stays.
     pub(crate) moments: VecDeque<Moment>,
+    /// What its counters say.
+    pub(crate) reading: Reading,
 }
 
 impl FakeWorker {
@@ -219,6 +221,51 @@ fn sites(live: &str) -> Vec<SiteProof> {
     }]
 }
 
+fn receipt(pid: i32) -> PatchReceipt {
+    PatchReceipt {
+        pid,
+        already: false,
+        image_reused: false,
+        through_routine: None,
+        effects: Vec::new(),
+        sites: sites("90e8fb0f0000"),
+        commit_stop_ns: 88_000,
+        stops_ns: vec![20_000, 88_000],
+        disturbed: Vec::new(),
+        journal: None,
+    }
+}
+
+fn reverted(pid: i32, nothing: bool) -> RevertReceipt {
+    RevertReceipt {
+        pid,
+        nothing,
+        restored: !nothing,
+        reason: None,
+        sites: match nothing {
+            true => Vec::new(),
+            false => sites("4989e0ff5508"),
+        },
+        stops_ns: match nothing {
+            true => Vec::new(),
+            false => vec![40_000],
+        },
+        disturbed: Vec::new(),
+        signals: None,
+        journal: None,
+    }
+}
+
+/// Counters that stay as they are.
+#[derive(Debug)]
+struct FakeCounters(Reading);
+
+impl Counting for FakeCounters {
+    fn read(&mut self) -> Result<Reading, GraftError> {
+        Ok(self.0.clone())
+    }
+}
+
 /// What log and plan add of calls that are guarded.
 fn guarded(wanted: Wanted) -> &'static str {
     if wanted.guard { ", guarded" } else { "" }
@@ -284,16 +331,9 @@ impl Grafter for FakeGrafter {
                 worker.grafts.push(graft(callee_name, IDLE));
             }
             Ok(PatchReceipt {
-                pid: caller.pid,
                 already,
-                image_reused: false,
-                through_routine: None,
                 effects: worker.effects.clone(),
-                sites: sites("90e8fb0f0000"),
-                commit_stop_ns: 88_000,
-                stops_ns: vec![20_000, 88_000],
-                disturbed: Vec::new(),
-                journal: None,
+                ..receipt(caller.pid)
             })
         })
     }
@@ -307,21 +347,47 @@ impl Grafter for FakeGrafter {
             let before = worker.grafts.len();
             worker.grafts.retain(|graft| graft.callee != callee_name);
             let nothing = worker.grafts.len() == before;
-            Ok(RevertReceipt {
-                pid: caller.pid,
-                nothing,
-                restored: !nothing,
-                reason: None,
-                sites: if nothing {
-                    Vec::new()
-                } else {
-                    sites("4989e0ff5508")
-                },
-                stops_ns: if nothing { Vec::new() } else { vec![40_000] },
-                disturbed: Vec::new(),
-                signals: None,
-                journal: None,
+            Ok(reverted(caller.pid, nothing))
+        })
+    }
+
+    fn observe(&self, worker: &Target) -> Result<PatchReceipt, GraftError> {
+        self.note(format!("observe {}", worker.pid));
+        self.with(worker.pid, |fake| {
+            if fake.dies_in_patch {
+                fake.gone = true;
+                return Err(GraftError::WorkerGone { pid: worker.pid });
+            }
+            if let Some(error) = &fake.patch_error {
+                return Err(error.clone());
+            }
+            let already = fake.reading.observing;
+            fake.reading.observing = true;
+            Ok(PatchReceipt {
+                already,
+                sites: Vec::new(),
+                ..receipt(worker.pid)
             })
+        })
+    }
+
+    fn leave(&self, worker: &Target) -> Result<RevertReceipt, GraftError> {
+        self.note(format!("leave {}", worker.pid));
+        self.with(worker.pid, |fake| {
+            if let Some(error) = &fake.revert_error {
+                return Err(error.clone());
+            }
+            let nothing = !fake.reading.observing;
+            fake.reading.observing = false;
+            Ok(reverted(worker.pid, nothing))
+        })
+    }
+
+    fn counters(&self, worker: &Target) -> Result<Option<Box<dyn Counting>>, GraftError> {
+        self.with(worker.pid, |fake| {
+            let fake = fake.reading.clone();
+            let ours = fake.observing || fake != Reading::default();
+            Ok(ours.then(|| Box::new(FakeCounters(fake)) as Box<dyn Counting>))
         })
     }
 
@@ -345,11 +411,13 @@ impl Grafter for FakeGrafter {
                 }
             }
             let grafts = fake.grafts.clone();
-            Ok((!grafts.is_empty()).then_some(WorkerStatus {
+            let observing = fake.reading.observing;
+            Ok((!grafts.is_empty() || observing).then_some(WorkerStatus {
                 pid: worker.pid,
                 bridge_version: 1,
                 mapped_bytes: 65_536,
                 grafts,
+                observing,
             }))
         })
     }

@@ -27,11 +27,13 @@ impl FakeServer {
         let (socket, listener) = crate::socket::bind(&path).unwrap();
         let listener = tokio::net::UnixListener::from_std(listener).unwrap();
         let grafter = Arc::new(grafter);
+        let observer: Arc<crate::observer::Observer> = Arc::default();
         let (driver, _thread) = crate::driver::start(
             grafter.clone(),
             proc.root(),
             Arc::default(),
             Arc::default(),
+            observer.clone(),
             None,
         )
         .unwrap();
@@ -42,6 +44,7 @@ impl FakeServer {
             None,
             Arc::default(),
             Arc::default(),
+            observer,
             crate::recovery::Recovery::default(),
         );
         agent.allowed_uids = allowed;

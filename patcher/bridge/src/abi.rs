@@ -15,12 +15,14 @@
 use core::cell::Cell;
 use core::sync::atomic::{AtomicU8, AtomicU64};
 
+use crate::cells::{Cells, Series};
+use crate::histogram::Histogram;
 use crate::state::CLibrary;
 
 /// First bytes of a [`Control`] area.
 pub const MAGIC: [u8; 8] = *b"NGRAFT\0\x01";
 /// Version of every layout in this module; an agent refuses others.
-pub const BRIDGE_VERSION: u32 = 4;
+pub const BRIDGE_VERSION: u32 = 5;
 /// The memfd's name, as `/proc/PID/maps` shows it behind `/memfd:`.
 pub const CONTROL_NAME: &str = "nightgraft";
 /// Callees that one worker can hold.
@@ -247,6 +249,8 @@ pub struct SharedEdge {
     /// … because they came from another thread than the worker's. Several
     /// threads may count at once.
     pub rpc_thread: AtomicU64,
+    /// The measured durations by size.
+    pub histogram: Histogram,
 }
 
 /// Of how many fused calls one is timed.
@@ -286,8 +290,10 @@ pub struct Control {
     /// Which manifest slot holds: 0 none yet, 1 the first, 2 the second. One
     /// byte, stored after the slot is whole.
     pub manifest: AtomicU8,
+    /// 1: RPCs and calls of the worker's own function are counted.
+    pub observing: AtomicU8,
     /// Padding.
-    pub pad: [u8; 3],
+    pub pad: [u8; 2],
     /// Address of the [`Worker`].
     pub worker: u64,
     /// Calls that passed a site with a name that no graft has.
@@ -299,6 +305,10 @@ pub struct Control {
     /// Calls of known callees that came through the entry of the worker's own
     /// routine, by return address; a hash table.
     pub seen: [Seen; SEEN],
+    /// Calls of the worker's own function that came from its engine.
+    pub own: Series,
+    /// RPCs by where they come from.
+    pub cells: Cells,
     /// Each slot: length (u32 little-endian), CRC-32 of the text, the text.
     pub slots: [[u8; MANIFEST_SLOT]; 2],
 }
@@ -392,8 +402,8 @@ pub struct Worker {
     pub arena: crate::arena::Arena,
     /// Grafts in `grafts`; one byte, stored after the entry.
     pub count: AtomicU8,
-    /// A fused call began since the last outermost entry: the hook in
-    /// `faas_func_call` has work.
+    /// A fused call began since the last outermost entry, or calls are counted:
+    /// the window in `faas_func_call` has work.
     pub dirty: Cell<u8>,
     /// Padding.
     pub pad: [u8; 6],
@@ -413,16 +423,19 @@ pub struct Worker {
     pub resume: AtomicU64,
     /// The guard.
     pub guard: Guard,
+    /// Draws which calls are timed while they are counted.
+    pub lottery: AtomicU64,
 }
 
-/// The window at the entry of `invoke_func`; private memory. Its stub carries
-/// the address.
+/// The window at the entry of `invoke_func`, or of the caller's
+/// `faas_func_call`; private memory. Its stub carries the address.
 #[derive(Debug)]
 #[repr(C, align(16))]
 pub struct Routine {
     /// Address of the [`Worker`].
     pub worker: u64,
-    /// Where the RPC goes on: as [`Worker::resume`].
+    /// The displaced code, which goes on behind the window; of `invoke_func` as
+    /// [`Worker::resume`].
     pub resume: u64,
 }
 

@@ -66,6 +66,18 @@ pub(crate) unsafe extern "C" fn prepare_routine(frame: *const RoutineFrame) -> D
         let frame = &*frame;
         let routine = &*(frame.frame.record.get() as *const Routine);
         let worker = &*(routine.worker as *const Worker);
+        let decision = at_routine(frame, worker);
+        if decision.graft == 0 {
+            frame.frame.record.set(routine::rpc(worker));
+        }
+        decision
+    }
+}
+
+#[inline(always)]
+unsafe fn at_routine(frame: &RoutineFrame, worker: &Worker) -> Decision {
+    // SAFETY: as the caller promises.
+    unsafe {
         let Some(graft) = names::find(worker, frame.frame.name) else {
             return nobodys(worker);
         };
@@ -251,6 +263,7 @@ pub(crate) unsafe extern "C" fn finish(frame: *const Frame, result: c_int) -> i6
         let cycles = sys::cycles().wrapping_sub(graft.started.replace(0));
         add(&shared.sampled_cycles, cycles);
         add(&shared.samples, 1);
+        shared.histogram.count_alone(cycles);
     }
     let (out, len, starved) = (graft.out.get(), graft.out_len.get(), graft.starved.get());
     worker.active.set(graft.outer.get());
@@ -447,6 +460,10 @@ pub unsafe extern "C" fn ng_invoke(
         "mov r10, [rax + {resume}]", // see `routine::rpc`
         "test r10, r10",
         "cmovz r10, [rax + {invoke}]",
+        "mov rax, [rax + {control}]",
+        "lea r11, [rip + {observed}]",
+        "cmp byte ptr [rax + {observing}], 0",
+        "cmovnz r10, r11",
         "jmp r10",
         ".cfi_endproc",
         context = const offset_of!(Graft, caller_context),
@@ -455,57 +472,18 @@ pub unsafe extern "C" fn ng_invoke(
         busy = const offset_of!(Graft, busy),
         worker = const offset_of!(Graft, worker),
         thread = const offset_of!(Worker, thread),
+        control = const offset_of!(Worker, control),
+        observing = const offset_of!(Control, observing),
+        observed = sym crate::observe::ng_observed,
         nested = sym crate::entry::ng_nested,
     );
-}
-
-/// At the entry of the caller's `faas_func_call`, when there was a fused call
-/// since the last one. `return_slot` is where the entry's return address lies, `dirty`
-/// the address of the worker's flag of that name.
-///
-/// Only an entry from the worker's own executable is an outermost one, and it
-/// never happens while a call is active: whatever the arena holds then belongs
-/// to a call that is over. A graft that is still busy was left by a jump: a
-/// signal handler's `siglongjmp`, or the callee's own.
-///
-/// # Safety
-/// Called by the entry stub alone.
-#[cfg_attr(bridge_image, unsafe(no_mangle))]
-pub unsafe extern "C" fn ng_hook(return_slot: *const u64, dirty: *const u8) {
-    // SAFETY: a function's entry has its return address on the stack, and the
-    // stub's flag is the worker's `dirty`.
-    let (from, worker) = unsafe {
-        (
-            return_slot.read(),
-            &*dirty.sub(offset_of!(Worker, dirty)).cast::<Worker>(),
-        )
-    };
-    if sys::thread_pointer() != worker.thread
-        || !(worker.text_low..worker.text_high).contains(&from)
-    {
-        return;
-    }
-    worker.dirty.set(0);
-    // SAFETY: see above.
-    unsafe {
-        worker.arena.reset();
-        let mut index = 0;
-        while index < worker.count.load(Relaxed) as usize {
-            let graft = *worker.grafts.as_ptr().add(index) as *const Graft;
-            if !graft.is_null() && (*graft).busy.get() != 0 {
-                left_by_jump(&*graft);
-            }
-            index += 1;
-        }
-    }
-    worker.active.set(0);
 }
 
 /// As [`give_up`]; the caller's floating-point modes come back if nobody
 /// touched the callee's.
 #[cold]
 #[inline(never)]
-unsafe fn left_by_jump(graft: &Graft) {
+pub(crate) unsafe fn left_by_jump(graft: &Graft) {
     if !sys::differ(graft.modes.get(), sys::modes(false)) {
         sys::set_modes(graft.caller_modes.get());
     }

@@ -22,7 +22,7 @@
 //! the layouts in [`abi`] and lets tests run the logic in an ordinary process.
 //! Compiled with `--cfg bridge_image` as a `cdylib` (by the patcher's build
 //! script) it is the image itself, with the symbols that the loader looks up:
-//! `ng_enter`, `ng_routine`, `ng_hook`, `ng_guarded`, `ng_worker`, `ng_tls_get_addr`, the
+//! `ng_enter`, `ng_routine`, `ng_called`, `ng_guarded`, `ng_worker`, `ng_tls_get_addr`, the
 //! resolvers `ng_tlsdesc_…`, and what images get instead of functions of the
 //! worker's libraries (`ng_getenv`, `ng_setspecific`, …).
 //!
@@ -34,6 +34,7 @@
 pub mod abi;
 pub mod arena;
 pub mod call;
+pub mod cells;
 mod crash;
 pub mod dl;
 pub mod entry;
@@ -45,6 +46,7 @@ pub mod imports;
 mod input;
 pub mod legacy;
 pub mod names;
+pub mod observe;
 pub mod routine;
 pub mod start;
 pub mod state;

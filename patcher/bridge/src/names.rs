@@ -25,7 +25,7 @@ fn cut(word: u64) -> (u64, bool) {
     (word & below.wrapping_sub(1), true)
 }
 
-fn mix(hash: u64, word: u64) -> u64 {
+pub(crate) fn mix(hash: u64, word: u64) -> u64 {
     (hash.rotate_left(5) ^ word).wrapping_mul(SPREAD)
 }
 
@@ -53,7 +53,7 @@ fn hash(name: &[u8]) -> u64 {
 ///
 /// # Safety
 /// A NUL-terminated string.
-unsafe fn hash_at(mut name: *const u8) -> u64 {
+pub(crate) unsafe fn hash_at(mut name: *const u8) -> u64 {
     let mut hash = 0;
     loop {
         // SAFETY: as the caller promises; the string goes on.

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! On entry `[rsp]` is the `r11` that the call came with, `[rsp+8]` its return
-//! address, `r11` the [`Routine`]; everything else is as the caller left it,
+//! address, `r11` the [`Routine`](crate::abi::Routine); everything else is as the caller left it,
 //! and is so again at `resume`, `r10`, `r11` and `rax` included.
 //!
 //! What has been decided already does not come by again: rewritten sites and
@@ -18,11 +18,13 @@ use core::arch::naked_asm;
 use core::mem::offset_of;
 use core::sync::atomic::Ordering::Relaxed;
 
-use crate::abi::{Control, Graft, Routine, SEEN, SEEN_REGISTERS, Worker};
+use crate::abi::{Control, Graft, SEEN, SEEN_REGISTERS, Worker};
 use crate::entry::Frame;
+use crate::observe;
 
 /// What [`ng_routine`] saves. In `frame`, `target` is the `r11` that the call
-/// came with and `record` the [`Routine`].
+/// came with and `record` the [`Routine`](crate::abi::Routine); once it is decided
+/// that the RPC is taken, where that begins.
 #[derive(Debug)]
 #[repr(C)]
 pub struct RoutineFrame {
@@ -99,10 +101,7 @@ pub unsafe extern "C" fn ng_routine() {
         "ret",
         "2:",
         ".cfi_restore_state",
-        // The record's slot takes the address to go on at.
-        "mov r11, [rsp]",
-        "mov r11, [r11 + {resume}]",
-        "mov [rsp], r11",
+        // The record's slot has the address to go on at.
         "lea rsp, [rsp + 8]",
         "pop rdi",
         "pop rsi",
@@ -125,7 +124,6 @@ pub unsafe extern "C" fn ng_routine() {
         call = const offset_of!(Graft, call),
         input_len = const offset_of!(Frame, input_len),
         kept = const offset_of!(RoutineFrame, frame),
-        resume = const offset_of!(Routine, resume),
         slot = const TO_RETURN_ADDRESS,
     );
 }
@@ -133,6 +131,14 @@ pub unsafe extern "C" fn ng_routine() {
 /// Where an RPC begins that must not come by the routine's entry (again).
 #[must_use]
 pub fn rpc(worker: &Worker) -> u64 {
+    match observe::is_on(worker) {
+        true => observe::ng_observed as *const () as u64,
+        false => original(worker),
+    }
+}
+
+/// The worker's own routine, without the window at its entry.
+pub(crate) fn original(worker: &Worker) -> u64 {
     match worker.resume.load(Relaxed) {
         0 => worker.invoke,
         resume => resume,

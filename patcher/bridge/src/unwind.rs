@@ -164,10 +164,7 @@ pub(crate) unsafe fn register(graft: &Graft, worker: &Worker) {
     // SAFETY: the patcher gave zero-terminated tables of what it mapped, and
     // that is never unmapped.
     unsafe {
-        let claimed = (worker.eh_frame_registered).compare_exchange(0, 1, AcqRel, Relaxed);
-        if claimed.is_ok() {
-            table(worker, worker.eh_frame);
-        }
+        register_own(worker);
         tables(worker, graft.stub_eh_frame);
         let modules = graft.modules as *const Module;
         let mut index = 0;
@@ -175,6 +172,31 @@ pub(crate) unsafe fn register(graft: &Graft, worker: &Worker) {
             table(worker, (*modules.add(index)).eh_frame);
             index += 1;
         }
+    }
+}
+
+/// The same for our own alone, once.
+///
+/// # Safety
+/// In ordinary code: the unwinder allocates.
+#[inline(always)]
+pub(crate) unsafe fn register_own(worker: &Worker) {
+    if worker.eh_frame_registered.load(Relaxed) == 0 {
+        // SAFETY: as the caller promises.
+        unsafe { claim_own(worker) };
+    }
+}
+
+#[cold]
+#[inline(never)]
+unsafe fn claim_own(worker: &Worker) {
+    if !worker.has(Import::RegisterFrame) {
+        return;
+    }
+    let claimed = (worker.eh_frame_registered).compare_exchange(0, 1, AcqRel, Relaxed);
+    if claimed.is_ok() {
+        // SAFETY: as for `register`.
+        unsafe { table(worker, worker.eh_frame) };
     }
 }
 

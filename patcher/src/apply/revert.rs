@@ -1,5 +1,6 @@
 //! The way back: the gate at once, the bytes when no thread is in them. The
-//! image stays for the next patch.
+//! image stays for the next patch. To count a worker's calls no longer is the
+//! same, with its own gate.
 
 use std::cell::Cell;
 
@@ -10,7 +11,7 @@ use super::{ApplyError, Limits, disturbance, guard, nanoseconds, on_tracer_threa
 use crate::elf::hex;
 use crate::faults::{self, hit};
 use crate::journal::{Entry, Journal, Stage};
-use crate::manifest::{Present, WindowRecord};
+use crate::manifest::{OBSERVING, Present, WindowRecord};
 use crate::refused::Refused;
 use crate::report::RevertReceipt;
 
@@ -41,11 +42,10 @@ pub fn revert(
     };
     let windows = windows(present, callee);
     let foreign = foreign(present, callee);
-    let open_gate = manifest
-        .grafts
-        .iter()
-        .zip(&present.gates)
-        .any(|(g, on)| *on && g.callee == callee);
+    let open_gate = match callee {
+        OBSERVING => present.observing,
+        _ => (manifest.grafts.iter().zip(&present.gates)).any(|(g, on)| *on && g.callee == callee),
+    };
     let signals = present.armed && !others_are_guarded(present, callee);
     if windows.is_empty() && !open_gate && !signals {
         receipt.nothing = foreign.is_none();
@@ -66,6 +66,10 @@ pub fn revert(
         receipt.journal = written.err().map(|e| e.0);
         hit(faults::REVERTING);
         let memory = Memory::open(&process)?;
+        if callee == OBSERVING {
+            memory.write(Address(manifest.observing()), &[0])?;
+            hit(faults::REVERT_GATE);
+        }
         // Those of older images too: an agent that died while it replaced one
         // left it open.
         for graft in manifest.grafts.iter().filter(|g| g.callee == callee) {
@@ -124,9 +128,14 @@ fn told(mut receipt: RevertReceipt, foreign: Option<&Refused>) -> RevertReceipt 
 fn foreign(present: &Present, callee: &str) -> Option<Refused> {
     let manifest = &present.manifest;
     let others = open_edges(present, callee);
+    let observed = stays_observed(present, callee);
     let mine = |w: &WindowRecord| match w.entry {
-        true => others.is_empty(),
-        false => w.passed_by(callee) && !others.iter().any(|other| w.passed_by(other)),
+        true => others.is_empty() && !observed,
+        false => {
+            w.passed_by(callee)
+                && !others.iter().any(|other| w.passed_by(other))
+                && !(observed && w.routine)
+        }
     };
     let windows = &manifest.windows;
     let index = (0..windows.len()).find(|&i| {
@@ -153,6 +162,11 @@ fn may_jump_back(present: &Present, window: u64) -> bool {
             && !present.is_gone(i)
             && present.live[i] != windows[i].before
     })
+}
+
+/// Whether the worker's calls go on to be counted.
+fn stays_observed(present: &Present, callee: &str) -> bool {
+    present.observing && callee != OBSERVING
 }
 
 /// The edges that run fused beside this one.
@@ -202,7 +216,9 @@ fn windows(present: &Present, callee: &str) -> Vec<WindowRecord> {
     let manifest = &present.manifest;
     let in_place = |index: &usize| present.in_place(*index);
     let open = open_edges(present, callee);
-    let needed = |w: &WindowRecord| open.iter().any(|other| w.passed_by(other));
+    let observed = stays_observed(present, callee);
+    let needed =
+        |w: &WindowRecord| open.iter().any(|other| w.passed_by(other)) || (observed && w.routine);
     let all: Vec<usize> = (0..manifest.windows.len()).filter(in_place).collect();
     let mut out: Vec<WindowRecord> = all
         .iter()
@@ -216,7 +232,7 @@ fn windows(present: &Present, callee: &str) -> Vec<WindowRecord> {
         .iter()
         .map(|i| &manifest.windows[*i])
         .any(|w| !w.entry && !out.contains(w));
-    if !some_site_stays {
+    if !some_site_stays && !observed {
         out.extend(
             all.iter()
                 .map(|i| &manifest.windows[*i])
@@ -270,7 +286,7 @@ mod tests {
                 worker: 0,
                 bridge: BridgeAddresses {
                     enter: 0,
-                    hook: 0,
+                    called: 0,
                     routine: 0,
                     exports: BTreeMap::new(),
                 },
@@ -296,6 +312,7 @@ mod tests {
             gates: vec![true],
             guards: vec![false],
             armed: false,
+            observing: false,
             seen: Vec::new(),
         }
     }
@@ -323,5 +340,60 @@ mod tests {
         assert_eq!(restored(&AFTER, &in_filler), [0x1000]);
         // A library that was closed jumps nowhere.
         assert_eq!(restored(&[], &HOP), [0x1040]);
+    }
+
+    /// A worker whose calls are counted, with Bar fused at a site: its entry, the
+    /// routine's, the site; which of them are in place.
+    fn observed(gates: [bool; 2], in_place: [bool; 3]) -> Present {
+        let mut present = present(&AFTER, &HOP);
+        let of = |address: u64| WindowRecord {
+            address,
+            before: vec![1; 5],
+            after: vec![2; 5],
+            ..WindowRecord::default()
+        };
+        present.manifest.windows = vec![
+            WindowRecord {
+                entry: true,
+                ..of(0x1000)
+            },
+            WindowRecord {
+                routine: true,
+                ..of(0x2000)
+            },
+            WindowRecord {
+                names: vec!["Bar".into()],
+                ..of(0x3000)
+            },
+        ];
+        present.live = in_place
+            .map(|ours| vec![if ours { 2 } else { 1 }; 5])
+            .to_vec();
+        [present.gates[0], present.observing] = gates;
+        present
+    }
+
+    #[test]
+    fn counting_and_fused_edges_leave_each_other_what_they_need() {
+        let addresses = |present: &Present, callee: &str| -> Vec<u64> {
+            windows(present, callee).iter().map(|w| w.address).collect()
+        };
+        let both = observed([true, true], [true; 3]);
+        assert_eq!(addresses(&both, "Bar"), [0x3000]);
+        assert!(addresses(&both, OBSERVING).is_empty());
+        let counting = observed([false, true], [true, true, false]);
+        assert!(addresses(&counting, "Bar").is_empty());
+        assert_eq!(addresses(&counting, OBSERVING), [0x2000, 0x1000]);
+        let fused = observed([true, false], [true; 3]);
+        assert_eq!(addresses(&fused, "Bar"), [0x2000, 0x3000, 0x1000]);
+    }
+
+    #[test]
+    fn bytes_of_others_matter_to_whom_the_window_is() {
+        let mut both = observed([true, true], [true; 3]);
+        both.live[1] = vec![0xcc, 2, 2, 2, 2];
+        assert_eq!(foreign(&both, "Bar"), None);
+        both.gates[0] = false;
+        assert!(foreign(&both, OBSERVING).is_some());
     }
 }

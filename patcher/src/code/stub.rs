@@ -2,23 +2,24 @@
 //! tail that leads on.
 //!
 //! ```text
-//!  Bridge: <displaced>                    Hook: push r11
-//!          push <original target>               movabs r11, flag
-//!          movabs r11, site_record              cmp byte ptr [r11], 0
-//!          jmp [rip]                            pop r11
-//!          .quad bridge_entry                   jne slow
-//!                                         fast: <displaced>
-//!  The bridge finds                             jmp behind the window
-//!    [rsp]   the target                   slow: save; call hook(slot, flag); restore
-//!    [rsp+8] the return address                 jmp fast
+//!  Bridge: <displaced>                    Called: push r11
+//!          push <original target>                 movabs r11, flag
+//!          movabs r11, site_record                cmp byte ptr [r11], 0
+//!          jmp [rip]                              pop r11
+//!          .quad bridge_entry                     jne slow
+//!                                         fast:   <displaced>
+//!  The bridge finds                               jmp behind the window
+//!    [rsp]   the target                   slow:   push r11
+//!    [rsp+8] the return address                   movabs r11, record
+//!                                                 jmp [rip] (the bridge's entry)
 //! ```
 //!
 //! Where the window jumps in place of a call, the return address is pushed
 //! before the target is.
 //!
 //! On the way to the bridge only r11 is lost (not even flags). The target is
-//! read before r11 is: it may come from there. The hook keeps every register
-//! but vectors, and flags, which nobody reads at a function's entry.
+//! read before r11 is: it may come from there. At an entry not even r11 is, but
+//! flags, which nobody reads there.
 
 use iced_x86::{
     Code as Opcode, Encoder, FlowControl, Instruction, MemoryOperand, OpKind, Register,
@@ -84,16 +85,15 @@ pub enum Tail {
         /// Address of the bridge's entry for it.
         bridge_entry: u64,
     },
-    /// From an entry window back into the function, after a call of `hook`
-    /// if the byte at `flag` is not zero.
-    Hook {
+    /// From an entry window back into the function; where the byte at `flag` is
+    /// not zero, into the bridge as for [`Tail::Routine`].
+    Called {
         /// Address of a byte.
         flag: u64,
-        /// Address of a function `hook(return_slot, flag)`: where the entered
-        /// function's return address lies, and the address of the flag. It is
-        /// called with an aligned stack and may change vector registers, which
-        /// hold no argument of a function that takes none.
-        hook: u64,
+        /// Address of the function's record, handed over in r11.
+        record: u64,
+        /// Address of the bridge's entry for it.
+        bridge_entry: u64,
     },
 }
 
@@ -267,8 +267,16 @@ impl Window {
                 writer.quad_jump(bridge_entry)?;
                 self.displaced_entry(&originals, bias, &mut writer)?;
             }
-            (Tail::Hook { flag, hook }, Some(_)) if self.kind == WindowKind::Entry => {
-                self.hook(&originals, bias, flag, hook, &mut writer)?;
+            (
+                Tail::Called {
+                    flag,
+                    record,
+                    bridge_entry,
+                },
+                Some(_),
+            ) if self.kind == WindowKind::Entry => {
+                let tail = (flag, record, bridge_entry);
+                self.called(&originals, bias, tail, &mut writer)?;
             }
             _ => return Err(StubError::Mismatch),
         }
@@ -385,22 +393,22 @@ impl Window {
         }
     }
 
-    fn hook(
+    fn called(
         &self,
         originals: &[Instruction],
         bias: u64,
-        flag: u64,
-        hook: u64,
+        tail: (u64, u64, u64),
         writer: &mut Writer,
     ) -> Result<(), StubError> {
+        let (flag, record, bridge_entry) = tail;
+        let at = writer.at;
         let one = |code, register| {
             Instruction::with1(code, register).map_err(|e| StubError::Encode {
                 text: format!("{code:?} {register:?}"),
-                at: writer.at,
+                at,
                 reason: e.to_string(),
             })
         };
-        // Built in order of execution; the two jumps are patched afterwards.
         let check = [
             one(Opcode::Push_r64, Register::R11)?,
             movabs(flag)?,
@@ -409,63 +417,19 @@ impl Window {
                 MemoryOperand::with_base(Register::R11),
                 0,
             )
-            .map_err(|e| cannot(&Instruction::default(), writer.at, &e))?,
+            .map_err(|e| cannot(&Instruction::default(), at, &e))?,
             one(Opcode::Pop_r64, Register::R11)?,
         ];
-        let saved = [0, 1, 2, 6, 7, 8, 9, 10, 11].map(gpr);
-        let mut slow = Vec::new();
-        for register in saved {
-            slow.push(one(Opcode::Push_r64, register)?);
-        }
-        // rbp keeps the stack pointer while it is aligned.
-        slow.push(one(Opcode::Push_r64, Register::RBP)?);
-        let copy = |to, from| {
-            Instruction::with2(Opcode::Mov_r64_rm64, to, from)
-                .map_err(|e| cannot(&Instruction::default(), 0, &e))
-        };
-        slow.push(copy(Register::RBP, Register::RSP)?);
-        slow.push(
-            Instruction::with2(Opcode::And_rm64_imm8, Register::RSP, -16)
-                .map_err(|e| cannot(&Instruction::default(), 0, &e))?,
-        );
-        // The hook is told where the function's return address lies, behind
-        // what was pushed, and which flag was set.
-        let slot = MemoryOperand::with_base_displ(Register::RBP, 8 * (saved.len() as i64 + 1));
-        slow.push(
-            Instruction::with2(Opcode::Lea_r64_m, Register::RDI, slot)
-                .map_err(|e| cannot(&Instruction::default(), 0, &e))?,
-        );
-        slow.push(
-            Instruction::with2(Opcode::Mov_r64_imm64, Register::RSI, flag)
-                .map_err(|e| cannot(&Instruction::default(), 0, &e))?,
-        );
-        let mut restore = vec![
-            copy(Register::RSP, Register::RBP)?,
-            one(Opcode::Pop_r64, Register::RBP)?,
-        ];
-        for &register in saved.iter().rev() {
-            restore.push(one(Opcode::Pop_r64, register)?);
-        }
-
         for i in &check {
             writer.instruction(i)?;
         }
         let to_slow = writer.reserve(6);
-        let fast = writer.here();
         self.displaced_entry(originals, bias, writer)?;
-        let slow_at = writer.here();
-        writer.fill_branch(to_slow, &[0x0f, 0x85], slow_at)?;
-        for i in &slow {
-            writer.instruction(i)?;
-        }
-        let call = writer.reserve(6);
-        for i in &restore {
-            writer.instruction(i)?;
-        }
-        writer.branch(&[0xe9], fast)?;
-        let pointer = writer.here();
-        writer.quad(hook);
-        writer.fill_branch(call, &[0xff, 0x15], pointer)?;
+        let slow = writer.here();
+        writer.fill_branch(to_slow, &[0x0f, 0x85], slow)?;
+        writer.instruction(&one(Opcode::Push_r64, Register::R11)?)?;
+        writer.instruction(&movabs(record)?)?;
+        writer.quad_jump(bridge_entry)?;
         writer.stub.listing.sort_by_key(|line| line.offset);
         Ok(())
     }

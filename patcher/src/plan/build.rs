@@ -69,13 +69,7 @@ pub fn plan(input: &Input<'_>) -> Result<PatchPlan, Refused> {
         0 => usable_sites(input)?,
         _ => Sites::default(),
     };
-    let no_entry = |reason: String| Refused::NoEntryWindow {
-        library: input.caller.function().path.clone(),
-        reason,
-    };
-    let entry = input.code.entry_window("faas_func_call");
-    let entry = entry.map_err(|reason| no_entry(reason.to_string()))?;
-    in_one_go(input.longest_window, &entry).map_err(no_entry)?;
+    let entry = entry_window(input)?;
     refuse_reentry(input.caller.function())?;
     let build_id = identity(&callee.image);
     let dependencies = dependencies(input.callee)?;
@@ -97,12 +91,30 @@ pub fn plan(input: &Input<'_>) -> Result<PatchPlan, Refused> {
     };
     dynamic::complete(input, &sites, &mut plan)?;
     if !plan.already {
-        let before = input.present.map_or(0, |p| p.manifest.generation);
-        plan.manifest.generation = before.saturating_add(1);
-        plan.manifest.format = RECORD_FORMAT;
-        plan.manifest.encode()?;
+        generation_after(input, &mut plan)?;
     }
     Ok(plan)
+}
+
+/// Numbers the record that the plan writes, and looks whether there is room for
+/// it.
+pub(super) fn generation_after(input: &Input<'_>, plan: &mut PatchPlan) -> Result<(), Refused> {
+    let before = input.present.map_or(0, |p| p.manifest.generation);
+    plan.manifest.generation = before.saturating_add(1);
+    plan.manifest.format = RECORD_FORMAT;
+    plan.manifest.encode().map(drop)
+}
+
+/// The window at the entry of the caller's `faas_func_call`.
+pub(super) fn entry_window(input: &Input<'_>) -> Result<Window, Refused> {
+    let no_entry = |reason: String| Refused::NoEntryWindow {
+        library: input.caller.function().path.clone(),
+        reason,
+    };
+    let entry = input.code.entry_window("faas_func_call");
+    let entry = entry.map_err(|reason| no_entry(reason.to_string()))?;
+    in_one_go(input.longest_window, &entry).map_err(no_entry)?;
+    Ok(entry)
 }
 
 /// The graft whose calls are meant, live; 0 for the worker's own function.
@@ -123,7 +135,7 @@ pub(super) fn parent(input: &Input<'_>) -> Result<u64, Refused> {
 /// A library that reaches its own `faas_func_call` through a relocation (its
 /// PLT, a pointer) may enter it by a tail call, which looks like the worker's
 /// own entry: outputs would be dropped too early.
-fn refuse_reentry(library: &Module) -> Result<(), Refused> {
+pub(super) fn refuse_reentry(library: &Module) -> Result<(), Refused> {
     let image = &library.image;
     let entry = load::export(image, "faas_func_call");
     let itself = image.dynamic.relocations.iter().any(|r| {

@@ -67,6 +67,11 @@ pub(super) fn complete(
     complete_with(input, plan, needed)
 }
 
+/// Completes a plan that cannot do without the routine's window.
+pub(super) fn with_routine(input: &Input<'_>, plan: &mut PatchPlan) -> Result<(), Refused> {
+    complete_with(input, plan, true)
+}
+
 /// The same, with the routine's window or as it is.
 fn complete_with(
     input: &Input<'_>,

@@ -23,7 +23,7 @@ use super::unwind;
 use super::{Access, Mapping, Part, PatchPlan, Store, guard, modes, placement};
 use crate::code::{Site, Tail, Window};
 use crate::load::interpose::{self, module_at};
-use crate::load::{self, Given, GivenTls, Loaded, Meaning, Place, Scope};
+use crate::load::{self, Given, GivenTls, Loaded, Meaning, Place, PrivateImage, Scope};
 use crate::manifest::{
     BridgeAddresses, GraftRecord, Manifest, Present, RECORD_FORMAT, Region, WindowRecord,
 };
@@ -57,16 +57,14 @@ struct Places {
     control: Option<Region>,
 }
 
+/// The plan of a patch that maps the callee's image.
 pub(super) fn fresh(
     input: &Input<'_>,
     sites: &Sites,
     entry: &Window,
     build_id: String,
 ) -> Result<PatchPlan, Refused> {
-    let present = input.present;
-    let caller = input.caller.function();
-    let invoke = input.invoke.clone()?;
-    let index = present.map_or(0, |p| p.manifest.grafts.len());
+    let index = input.present.map_or(0, |p| p.manifest.grafts.len());
     if index >= abi::MAX_GRAFTS {
         return Err(Refused::TooManyGrafts {
             most: abi::MAX_GRAFTS,
@@ -76,6 +74,30 @@ pub(super) fn fresh(
     for image in scope.images() {
         load::check(&image.path, &image.image)?;
     }
+    let graft = Some((index, build_id));
+    mapped(input, &scope, sites, Some(entry), graft)
+}
+
+/// The plan that maps the bridge alone, into a worker that has none.
+pub(super) fn bridge_alone(
+    input: &Input<'_>,
+    entry: Option<&Window>,
+) -> Result<PatchPlan, Refused> {
+    // What the bridge calls is what the worker's own libraries have.
+    let scope = Scope::new(input.caller, input.caller)?;
+    mapped(input, &scope, &Sites::default(), entry, None)
+}
+
+fn mapped(
+    input: &Input<'_>,
+    scope: &Scope,
+    sites: &Sites,
+    entry: Option<&Window>,
+    graft: Option<(usize, String)>,
+) -> Result<PatchPlan, Refused> {
+    let present = input.present;
+    let caller = input.caller.function();
+    let invoke = input.invoke.clone()?;
 
     // The data's size does not depend on its address: build it twice, the
     // first time at a made-up place, to know how much room to look for.
@@ -96,11 +118,11 @@ pub(super) fn fresh(
     let new_entry = known.iter().all(|k| !k.entry);
     let draft = Draft {
         input,
-        scope: &scope,
+        scope,
+        graft,
         invoke,
-        index,
         sites: &new_sites,
-        new_entry: new_entry.then_some(entry),
+        new_entry: entry.filter(|_| new_entry),
     };
     let trial = Places {
         reservation: Region { start: 0, len: 0 },
@@ -109,7 +131,7 @@ pub(super) fn fresh(
             len: draft.stub_len(),
         },
         bridge: PAGE,
-        images: vec![PAGE; scope.images().len()],
+        images: vec![PAGE; draft.images().len()],
         image: Region {
             start: PAGE,
             len: PAGE,
@@ -119,7 +141,7 @@ pub(super) fn fresh(
     };
     let data_len = draft.data(&trial, &draft.loaded(&trial)?)?.area.bytes.len() as u64;
     let places = place(input, &draft, data_len)?;
-    draft.finish(&places, sites, build_id)
+    draft.finish(&places, sites)
 }
 
 fn place(input: &Input<'_>, draft: &Draft<'_>, data_len: u64) -> Result<Places, Refused> {
@@ -139,7 +161,7 @@ fn place(input: &Input<'_>, draft: &Draft<'_>, data_len: u64) -> Result<Places, 
     // it takes to align it.
     let first = take(PAGE);
     let mut rooms = Vec::new();
-    for image in draft.scope.images() {
+    for image in draft.images() {
         let image = &image.image;
         rooms.push(take(image.high() - image.low() + image.alignment() - PAGE));
         take(PAGE);
@@ -167,7 +189,6 @@ fn place(input: &Input<'_>, draft: &Draft<'_>, data_len: u64) -> Result<Places, 
         },
         bridge: start + bridge.0,
         images: draft
-            .scope
             .images()
             .iter()
             .zip(&rooms)
@@ -180,7 +201,7 @@ fn place(input: &Input<'_>, draft: &Draft<'_>, data_len: u64) -> Result<Places, 
             .collect(),
         image: Region {
             start: start + first.0 + PAGE,
-            len: data.0 - first.0 - 2 * PAGE,
+            len: (data.0 - first.0).saturating_sub(2 * PAGE),
         },
         data: start + data.0,
         control: control.map(|(offset, len)| Region {
@@ -194,8 +215,9 @@ fn place(input: &Input<'_>, draft: &Draft<'_>, data_len: u64) -> Result<Places, 
 struct Draft<'a> {
     input: &'a Input<'a>,
     scope: &'a Scope,
+    /// The index and build-id of the graft; `None` for the bridge alone.
+    graft: Option<(usize, String)>,
     invoke: u64,
-    index: usize,
     sites: &'a [&'a (Site, Window)],
     new_entry: Option<&'a Window>,
 }
@@ -207,6 +229,8 @@ struct Data {
     /// The image's `faas_func_call`.
     function: u64,
     worker: u64,
+    /// Record of the function's entry.
+    entry: u64,
     sites: Vec<u64>,
     bridge: BridgeAddresses,
     control: u64,
@@ -218,7 +242,14 @@ impl Draft<'_> {
     }
 
     fn thunks_len(&self) -> u64 {
-        self.scope.images().len() as u64 * images::THUNKS
+        self.images().len() as u64 * images::THUNKS
+    }
+
+    fn images(&self) -> &[PrivateImage] {
+        match self.graft {
+            Some(_) => self.scope.images(),
+            None => &[],
+        }
     }
 
     fn bridge(&self, places: &Places) -> Result<BridgeAddresses, Refused> {
@@ -238,7 +269,7 @@ impl Draft<'_> {
         let given = given.chain(interpose::FUNCTIONS.iter().map(|f| f.export));
         Ok(BridgeAddresses {
             enter: export("ng_enter")?,
-            hook: export("ng_hook")?,
+            called: export("ng_called")?,
             routine: export("ng_routine")?,
             exports: given
                 .map(|name| Ok((name.to_owned(), export(name)?)))
@@ -248,7 +279,10 @@ impl Draft<'_> {
 
     fn records(&self, places: &Places) -> (Area, Records) {
         let mut area = Area::new(places.data);
-        let records = images::reserve(&mut area, self.scope);
+        let records = match self.graft {
+            Some(_) => images::reserve(&mut area, self.scope),
+            None => Records::default(),
+        };
         (area, records)
     }
 
@@ -262,7 +296,7 @@ impl Draft<'_> {
             fixed: given(&bridge, fixed)?,
             nowhere: given(&bridge, nowhere)?,
         };
-        let images = self.scope.images().iter().enumerate();
+        let images = self.images().iter().enumerate();
         images
             .map(|(number, image)| {
                 let given = Given {
@@ -282,7 +316,6 @@ impl Draft<'_> {
     }
 
     fn data(&self, places: &Places, loaded: &[Loaded]) -> Result<Data, Refused> {
-        let (caller, callee) = (self.input.caller, self.input.callee);
         let bridge = self.bridge(places)?;
         let (mut area, records) = self.records(places);
         let graft = records.graft;
@@ -294,16 +327,53 @@ impl Draft<'_> {
             Some(present) => present.manifest.worker,
             None => area.reserve(size_of::<abi::Worker>(), 64),
         };
+        let entry = area.reserve(size_of::<abi::Routine>(), align_of::<abi::Routine>());
+        area.put_u64(entry + offset_of!(abi::Routine, worker) as u64, worker);
         let sites: Vec<u64> = self
             .sites
             .iter()
             .map(|_| area.reserve(size_of::<abi::Site>(), align_of::<abi::Site>()))
             .collect();
+        let mut data = Data {
+            area,
+            stub_eh_frame: 0,
+            graft,
+            function: 0,
+            worker,
+            entry,
+            sites,
+            bridge,
+            control,
+        };
+        if let Some((index, _)) = self.graft {
+            self.graft_data(&mut data, &records, index, loaded)?;
+        }
+        if self.input.present.is_none() {
+            self.worker_data(places, &mut data)?;
+        }
+        let bias = self.input.caller.function().bias;
+        for ((site, _), at) in self.sites.iter().zip(&data.sites) {
+            let by_pointer = self.cached(site).map_or(0, |name| name.wrapping_add(bias));
+            layout::site(&mut data.area, *at, by_pointer, graft, worker);
+        }
+        Ok(data)
+    }
+
+    /// The graft's records.
+    fn graft_data(
+        &self,
+        data: &mut Data,
+        records: &Records,
+        index: usize,
+        loaded: &[Loaded],
+    ) -> Result<(), Refused> {
+        let (caller, callee) = (self.input.caller, self.input.callee);
+        let area = &mut data.area;
         // As its caller passes it.
         let name = self.input.name.rsplit('/').next().unwrap_or_default();
         let name = area.string(name.as_bytes());
-        let images = images::write(&mut area, &records, self.scope, loaded);
-        let stub_eh_frame =
+        let images = images::write(area, records, self.scope, loaded);
+        data.stub_eh_frame =
             area.reserve(unwind::size(self.sites.iter().map(|(_, window)| window)), 8);
         let argv = area.strings(&callee.arguments);
         let environ = area.strings(&callee.environment);
@@ -316,17 +386,17 @@ impl Draft<'_> {
                     symbol: symbol.into(),
                 })
         };
-        let edges = offset_of!(abi::Control, edges) + self.index * size_of::<abi::SharedEdge>();
-        let function = own("faas_func_call")?;
+        let edges = offset_of!(abi::Control, edges) + index * size_of::<abi::SharedEdge>();
+        data.function = own("faas_func_call")?;
         GraftFields {
-            shared: control + edges as u64,
-            worker,
+            shared: data.control + edges as u64,
+            worker: data.worker,
             call: if self.input.wanted.guard {
-                given(&bridge, guard::ROUTINE)?
+                given(&data.bridge, guard::ROUTINE)?
             } else {
-                function
+                data.function
             },
-            function,
+            function: data.function,
             name,
             faas_init: own("faas_init")?,
             faas_create: own("faas_create_func_worker")?,
@@ -334,60 +404,49 @@ impl Draft<'_> {
             stub_eh_frame: if self.sites.is_empty() {
                 0
             } else {
-                stub_eh_frame
+                data.stub_eh_frame
             },
             parent: parent(self.input)?,
             arguments: (argv, callee.arguments.len() as u64),
             environ,
-            index: self.index as u64,
+            index: index as u64,
             // Below another graft it is that one's code that makes the call.
             mxcsr_fixed: parent(self.input)? == 0 && modes::mxcsr_is_fixed(caller, self.scope),
         }
-        .write(&mut area, graft);
-        if self.input.present.is_none() {
-            let function = |name: &str| match self.scope.library_function(name)? {
-                Meaning::Resolver(at) => Ok((at, true)),
-                Meaning::At(at) | Meaning::Private(_, at) | Meaning::PrivateResolver(_, at) => {
-                    Ok((at, false))
-                }
-            };
-            let bridge_bias = places.bridge.wrapping_sub(self.input.bridge.low());
-            let outermost = caller.executable();
-            WorkerFields {
-                control,
-                invoke: self.invoke,
-                stack_floor: stack_floor(caller)?,
-                text: (
-                    outermost.image.low().wrapping_add(outermost.bias),
-                    outermost.image.high().wrapping_add(outermost.bias),
-                ),
-                imports: imports(caller, self.scope)?,
-                eh_frame: (self.input.bridge.eh_frame())
-                    .map_or(0, |at| at.wrapping_add(bridge_bias)),
-                memcpy: function("memcpy")?,
-                arena_budget: self
-                    .input
-                    .memory_room
-                    .map_or(ARENA_BUDGET, |room| ARENA_BUDGET.min(room / 2)),
-                graft,
+        .write(area, data.graft);
+        Ok(())
+    }
+
+    /// The worker's record, in a worker that has none.
+    fn worker_data(&self, places: &Places, data: &mut Data) -> Result<(), Refused> {
+        let caller = self.input.caller;
+        let function = |name: &str| match self.scope.library_function(name)? {
+            Meaning::Resolver(at) => Ok((at, true)),
+            Meaning::At(at) | Meaning::Private(_, at) | Meaning::PrivateResolver(_, at) => {
+                Ok((at, false))
             }
-            .write(&mut area, worker);
+        };
+        let bridge_bias = places.bridge.wrapping_sub(self.input.bridge.low());
+        let outermost = caller.executable();
+        WorkerFields {
+            control: data.control,
+            invoke: self.invoke,
+            stack_floor: stack_floor(caller)?,
+            text: (
+                outermost.image.low().wrapping_add(outermost.bias),
+                outermost.image.high().wrapping_add(outermost.bias),
+            ),
+            imports: imports(caller, self.scope)?,
+            eh_frame: (self.input.bridge.eh_frame()).map_or(0, |at| at.wrapping_add(bridge_bias)),
+            memcpy: function("memcpy")?,
+            arena_budget: self
+                .input
+                .memory_room
+                .map_or(ARENA_BUDGET, |room| ARENA_BUDGET.min(room / 2)),
+            graft: data.graft,
         }
-        let bias = caller.function().bias;
-        for ((site, _), at) in self.sites.iter().zip(&sites) {
-            let by_pointer = self.cached(site).map_or(0, |name| name.wrapping_add(bias));
-            layout::site(&mut area, *at, by_pointer, graft, worker);
-        }
-        Ok(Data {
-            area,
-            stub_eh_frame,
-            graft,
-            function,
-            worker,
-            sites,
-            bridge,
-            control,
-        })
+        .write(&mut data.area, data.worker);
+        Ok(())
     }
 
     /// The image address of the callee's name, where the bytes cannot change.
@@ -404,7 +463,7 @@ impl Draft<'_> {
         let bias = library.bias;
         let mut bytes = Vec::new();
         let modules = self.records(places).1.modules;
-        for number in 0..self.scope.images().len() {
+        for number in 0..self.images().len() {
             let at = |name: &str| given(&data.bridge, name);
             bytes.extend(images::thunks(module_at(modules, number), at)?);
         }
@@ -432,9 +491,10 @@ impl Draft<'_> {
             };
             let entry = of.is_none();
             let tail = if entry {
-                Tail::Hook {
+                Tail::Called {
                     flag: data.worker + offset_of!(abi::Worker, dirty) as u64,
-                    hook: data.bridge.hook,
+                    record: data.entry,
+                    bridge_entry: data.bridge.called,
                 }
             } else {
                 Tail::Bridge {
@@ -479,19 +539,23 @@ impl Draft<'_> {
         })
     }
 
-    fn finish(
-        &self,
-        places: &Places,
-        sites: &Sites,
-        build_id: String,
-    ) -> Result<PatchPlan, Refused> {
+    fn finish(&self, places: &Places, sites: &Sites) -> Result<PatchPlan, Refused> {
         let input = self.input;
-        let callee = input.callee.function();
         let loaded = self.loaded(places)?;
         let mut data = self.data(places, &loaded)?;
         let stubs = self.stubs(places, &data)?;
-        data.area.put(data.stub_eh_frame, &stubs.eh_frame);
+        if self.graft.is_some() {
+            data.area.put(data.stub_eh_frame, &stubs.eh_frame);
+        }
         let new_windows = stubs.windows;
+        if let Some(&(_, resume)) = new_windows
+            .iter()
+            .find(|w| w.entry)
+            .and_then(|w| w.copies.first())
+        {
+            let field = data.entry + offset_of!(abi::Routine, resume) as u64;
+            data.area.put_u64(field, resume);
+        }
 
         let mut parts = vec![part(
             "stubs",
@@ -527,7 +591,7 @@ impl Draft<'_> {
                 parts.push(part("bridge", region, access, segment.bytes));
             }
         }
-        for (image, loaded) in self.scope.images().iter().zip(&loaded) {
+        for (image, loaded) in self.images().iter().zip(&loaded) {
             for segment in &loaded.segments {
                 let access = match (segment.writable, segment.executable) {
                     (true, _) => Access::ReadWrite,
@@ -546,7 +610,8 @@ impl Draft<'_> {
             start: places.data,
             len: data_len,
         };
-        parts.push(part("records", region, Access::ReadWrite, data.area.bytes));
+        let records = std::mem::take(&mut data.area.bytes);
+        parts.push(part("records", region, Access::ReadWrite, records));
 
         let mut manifest = match input.present {
             Some(present) => present.manifest.clone(),
@@ -559,26 +624,12 @@ impl Draft<'_> {
                 library: input.caller.function().path.clone(),
                 control: data.control,
                 worker: data.worker,
-                bridge: data.bridge,
+                bridge: data.bridge.clone(),
                 regions: Vec::new(),
                 windows: Vec::new(),
                 grafts: Vec::new(),
             },
         };
-        let record = GraftRecord {
-            callee: input.name.into(),
-            parent: parent(input)?,
-            build_id: build_id.clone(),
-            dependencies: dependencies(input.callee)?,
-            library: callee.path.clone(),
-            graft: data.graft,
-            call: data.function,
-            index: self.index,
-            slot: self.slot(),
-            image: places.image,
-            replaced: false,
-        };
-        let gate = manifest.gate(&record);
         let mut windows: Vec<WindowRecord> = manifest
             .windows
             .iter()
@@ -593,25 +644,36 @@ impl Draft<'_> {
         windows.extend(new_windows.iter().cloned());
         manifest.regions.push(places.reservation);
         manifest.windows.extend(new_windows);
-        for old in manifest
-            .grafts
-            .iter_mut()
-            .filter(|g| g.callee == input.name)
-        {
-            old.replaced = true;
+        let record = match &self.graft {
+            Some((index, build_id)) => Some(self.record(places, &data, *index, build_id)?),
+            None => None,
+        };
+        if let Some(record) = &record {
+            for old in manifest
+                .grafts
+                .iter_mut()
+                .filter(|g| g.callee == input.name)
+            {
+                old.replaced = true;
+            }
+            manifest.grafts.push(record.clone());
         }
-        manifest.grafts.push(record.clone());
-        let stores = if input.present.is_some() {
-            let mut stores = imports_found(input.caller, manifest.worker);
-            stores.extend(stores_of(&manifest, &record));
-            stores
-        } else {
-            Vec::new()
+        let stores = match (input.present, &record) {
+            (Some(_), Some(record)) => {
+                let mut stores = imports_found(input.caller, manifest.worker);
+                stores.extend(stores_of(&manifest, record));
+                stores
+            }
+            _ => Vec::new(),
+        };
+        let gate = match &record {
+            Some(record) => manifest.gate(record),
+            None => manifest.observing(),
         };
 
         let sum = |of: &dyn Fn(&Loaded) -> usize| loaded.iter().map(of).sum::<usize>();
         let plan = PatchPlan {
-            build_id,
+            build_id: record.map(|r| r.build_id).unwrap_or_default(),
             mapping: Some(Mapping {
                 reservation: places.reservation,
                 parts,
@@ -626,8 +688,10 @@ impl Draft<'_> {
                 sum(&|l| l.ifuncs.len()),
             ),
             initialisers: sum(&|l| l.inits.len()),
-            libraries: self.scope.images()[1..]
+            libraries: self
+                .images()
                 .iter()
+                .skip(1)
                 .map(|image| image.path.clone())
                 .collect(),
             stores,
@@ -641,6 +705,30 @@ impl Draft<'_> {
         (input.address_room).is_enough(plan.mapped_bytes(), plan.writable_bytes())?;
         room::fits(plan.resident_bytes(), input.memory_room)?;
         Ok(plan)
+    }
+
+    /// What is recorded of the graft.
+    fn record(
+        &self,
+        places: &Places,
+        data: &Data,
+        index: usize,
+        build_id: &str,
+    ) -> Result<GraftRecord, Refused> {
+        let input = self.input;
+        Ok(GraftRecord {
+            callee: input.name.into(),
+            parent: parent(input)?,
+            build_id: build_id.into(),
+            dependencies: dependencies(input.callee)?,
+            library: input.callee.function().path.clone(),
+            graft: data.graft,
+            call: data.function,
+            index,
+            slot: self.slot(),
+            image: places.image,
+            replaced: false,
+        })
     }
 
     /// The place in the table of grafts: the older image's, or a new one.

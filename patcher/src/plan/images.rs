@@ -11,7 +11,7 @@ use crate::load::{Loaded, PrivateImage, Scope, Searched};
 use crate::refused::Refused;
 
 /// Live addresses of the records that go together.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Records {
     /// The [`abi::Graft`].
     pub(super) graft: u64,

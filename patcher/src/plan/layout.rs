@@ -76,6 +76,7 @@ pub(super) struct WorkerFields {
     pub(super) eh_frame: u64,
     pub(super) memcpy: (u64, bool),
     pub(super) arena_budget: u64,
+    /// Its first graft; 0 for none yet.
     pub(super) graft: u64,
 }
 
@@ -106,7 +107,8 @@ impl WorkerFields {
             let offset = offset_of!(Worker, imports) + index * 8;
             area.put_u64(at + offset as u64, *import);
         }
-        area.put(at + offset_of!(Worker, count) as u64, &[1]);
+        let count = u8::from(self.graft != 0);
+        area.put(at + offset_of!(Worker, count) as u64, &[count]);
     }
 }
 

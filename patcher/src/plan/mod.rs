@@ -19,6 +19,7 @@ mod images;
 mod layout;
 mod led;
 mod modes;
+mod observe;
 mod placement;
 mod render;
 mod unwind;
@@ -31,6 +32,7 @@ use crate::refused::Refused;
 
 pub use build::{Input, analyse, plan};
 pub(crate) use guard::ROUTINE as GUARDED;
+pub use observe::observe;
 
 /// What is asked of a patch besides its edge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 
 use super::{Decision, Evidence, Found, Held, Live, Side, Step, Verdict};
 use crate::journal::{Entry, Stage};
-use crate::manifest::{Manifest, Region};
+use crate::manifest::{Manifest, OBSERVING, Region};
 
 /// Decides what is to be done about a worker.
 #[must_use]
@@ -74,14 +74,16 @@ impl Case {
                 Held::Nothing => {}
                 Held::Ours => regions.push(region),
                 Held::Other => self.notes.push(format!(
-                    "at {:#x}, where {callee} was about to be mapped, there is something of the worker's own",
-                    region.start
+                    "at {:#x}, where {} was about to be mapped, there is something of the worker's own",
+                    region.start,
+                    called(callee)
                 )),
             }
         }
         if !regions.is_empty() {
             self.undone(format!(
-                "{callee} was being mapped: its memory is unmapped, nothing led there"
+                "{} was being mapped: its memory is unmapped, nothing led there",
+                called(callee)
             ));
             self.steps.push(Step::Unmap(regions));
         }
@@ -118,13 +120,15 @@ impl Case {
                 names.push(&graft.callee);
             }
         }
+        names.push(OBSERVING);
         for name in names {
             let edge = Edge::of(record, live, name);
+            let shown = called(name);
             match stage {
                 Some(Stage::Reverting { callee }) if callee == name && (edge.open || edge.some) => {
                     self.come_to(
                         Verdict::Completed,
-                        format!("{name} was being reverted: done"),
+                        format!("{shown} was being reverted: done"),
                     );
                     self.steps.push(Step::Revert(name.to_owned()));
                 }
@@ -132,25 +136,31 @@ impl Case {
                     if edge.open && edge.whole {
                         self.come_to(
                             Verdict::Completed,
-                            format!("{name} was being fused, and is"),
+                            match name {
+                                OBSERVING => "counting its calls had begun, and goes on".to_owned(),
+                                _ => format!("{name} was being fused, and is"),
+                            },
                         );
                     } else if edge.open || edge.some {
-                        self.undone(format!(
-                            "{name} was being fused: its calls take the RPC again, its image is kept"
-                        ));
+                        self.undone(match name {
+                            OBSERVING => "counting its calls was about to begin: it does not, and the bridge is kept".to_owned(),
+                            _ => format!("{name} was being fused: its calls take the RPC again, its image is kept"),
+                        });
                         self.steps.push(Step::Revert(name.to_owned()));
                     } else {
-                        self.undone(format!(
-                            "{name} was about to be fused: its image is kept for the next patch"
-                        ));
+                        self.undone(match name {
+                            OBSERVING => "counting its calls was about to begin: it does not, and the bridge is kept".to_owned(),
+                            _ => format!("{name} was about to be fused: its image is kept for the next patch"),
+                        });
                     }
                 }
                 // With an entry it is known that no agent died in this edge: a
                 // library was closed and opened again, say.
                 None if edge.open && !edge.whole => {
-                    self.undone(format!(
-                        "{name} is fused in part: its calls take the RPC again, its image is kept"
-                    ));
+                    self.undone(match name {
+                        OBSERVING => "its calls are counted in part: they are not any more".to_owned(),
+                        _ => format!("{name} is fused in part: its calls take the RPC again, its image is kept"),
+                    });
                     self.steps.push(Step::Revert(name.to_owned()));
                 }
                 _ => {}
@@ -177,6 +187,16 @@ impl Edge {
             let all = record.windows.iter().zip(&live.windows);
             all.filter(|(_, side)| **side != Side::Gone)
         };
+        if name == OBSERVING {
+            let own = || windows().filter(|(w, _)| w.entry || w.routine);
+            return Edge {
+                open: live.observing,
+                whole: own().all(|(_, side)| *side == Side::After),
+                // What fused edges need is no sign of it.
+                some: !live.gates.contains(&true)
+                    && windows().any(|(w, side)| w.routine && *side == Side::After),
+            };
+        }
         let open = record
             .grafts
             .iter()
@@ -191,6 +211,14 @@ impl Edge {
                 .filter(|(w, _)| !w.entry && w.passed_by(outermost))
                 .any(|(_, side)| *side == Side::After),
         }
+    }
+}
+
+/// A callee's name, or what stands for it.
+pub(super) fn called(callee: &str) -> &str {
+    match callee {
+        OBSERVING => "the counting of calls",
+        name => name,
     }
 }
 
@@ -355,7 +383,7 @@ mod tests {
             worker: 0x20_0000,
             bridge: BridgeAddresses {
                 enter: 0,
-                hook: 0,
+                called: 0,
                 routine: 0,
                 exports: BTreeMap::new(),
             },
@@ -379,6 +407,7 @@ mod tests {
         Live {
             windows: windows.to_vec(),
             gates: gates.to_vec(),
+            observing: false,
         }
     }
 
@@ -589,6 +618,80 @@ mod tests {
         }
         let evidence = agreed(&record(1), reverting(), live(&[Before; 3], &[false]));
         let expected = (Verdict::Adopted, vec![], settled(&record(1)));
+        assert_eq!(decided(&evidence), expected);
+    }
+
+    /// A worker whose calls are counted: its entry and the routine's, and if it
+    /// has a graft, Bar with a site.
+    fn observed(with_graft: bool) -> Manifest {
+        let mut record = record(1);
+        let routine = WindowRecord {
+            routine: true,
+            ..window(0x5000, &[], false)
+        };
+        record.windows = vec![record.windows.remove(0), routine];
+        match with_graft {
+            true => record.windows.push(window(0x2000, &["Bar"], false)),
+            false => record.grafts.clear(),
+        }
+        record
+    }
+
+    fn counting(windows: &[Side], gates: &[bool], on: bool) -> Live {
+        Live {
+            observing: on,
+            ..live(windows, gates)
+        }
+    }
+
+    #[test]
+    fn counting_calls_begins_whole_or_not_at_all() {
+        let record = observed(false);
+        let committing = || Stage::Committing {
+            callee: OBSERVING.into(),
+        };
+        let decided_in = |stage: Stage, lives: Live| decided(&agreed(&record, stage, lives)).1;
+        let whole = counting(&[After; 2], &[], true);
+        let evidence = agreed(&record, committing(), whole.clone());
+        let expected = (Verdict::Completed, vec![], settled(&record));
+        assert_eq!(decided(&evidence), expected);
+        for lives in [
+            counting(&[Before; 2], &[], true),
+            counting(&[After, Before], &[], true),
+        ] {
+            assert_eq!(decided_in(committing(), lives), revert(OBSERVING));
+        }
+        let nothing_yet = counting(&[Before; 2], &[], false);
+        assert!(decided_in(committing(), nothing_yet.clone()).is_empty());
+        assert!(decided_in(Stage::Settled, whole.clone()).is_empty());
+        // It was being ended.
+        let ending = || Stage::Reverting {
+            callee: OBSERVING.into(),
+        };
+        assert_eq!(decided_in(ending(), whole), revert(OBSERVING));
+        let gate_off = counting(&[After; 2], &[], false);
+        assert_eq!(decided_in(ending(), gate_off), revert(OBSERVING));
+        assert!(decided_in(ending(), nothing_yet).is_empty());
+        // The journal is lost.
+        let mut evidence = agreed(
+            &record,
+            Stage::Settled,
+            counting(&[After, Before], &[], true),
+        );
+        evidence.entry = None;
+        evidence.entry_live = None;
+        assert_eq!(decided(&evidence).1, revert(OBSERVING));
+    }
+
+    #[test]
+    fn windows_that_a_fused_edge_needs_are_no_sign_of_counting() {
+        let record = observed(true);
+        let ending = Stage::Reverting {
+            callee: OBSERVING.into(),
+        };
+        let lives = counting(&[After; 3], &[true], false);
+        let evidence = agreed(&record, ending, lives);
+        let expected = (Verdict::Adopted, vec![], settled(&record));
         assert_eq!(decided(&evidence), expected);
     }
 

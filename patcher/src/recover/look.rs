@@ -72,6 +72,7 @@ fn of_present(present: &Present) -> Live {
             .map(|(window, live)| side(live, &window.before, &window.after))
             .collect(),
         gates: present.gates.clone(),
+        observing: present.observing,
     }
 }
 
@@ -107,7 +108,13 @@ fn live(record: &Manifest, maps: &[Map], memory: &dyn Memory) -> Result<Live, Sn
         memory.read(record.gate(graft), &mut byte)?;
         gates.push(byte[0] != 0);
     }
-    Ok(Live { windows, gates })
+    let mut observing = [0];
+    memory.read(record.observing(), &mut observing)?;
+    Ok(Live {
+        windows,
+        gates,
+        observing: observing[0] != 0,
+    })
 }
 
 /// Descriptors of a control area that the worker has open. A patch closes its

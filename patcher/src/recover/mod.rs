@@ -71,6 +71,8 @@ pub struct Live {
     pub windows: Vec<Side>,
     /// Per graft of the record: whether its gate is open.
     pub gates: Vec<bool>,
+    /// Whether the worker's calls are counted.
+    pub observing: bool,
 }
 
 /// All that is known of a worker.
@@ -118,7 +120,8 @@ pub enum Step {
     Unmap(Vec<Region>),
     /// Write the record.
     Record(Box<Manifest>),
-    /// Close an edge's gate and take its windows out.
+    /// Close an edge's gate and take its windows out;
+    /// [`OBSERVING`](crate::manifest::OBSERVING) for the counting of calls.
     Revert(String),
 }
 
@@ -243,6 +246,7 @@ fn act(worker: Function<'_>, step: &Step, limits: &Limits) -> Result<Option<Stri
             let receipt = apply::revert(&present, callee, limits, &crate::journal::Nowhere)?;
             hit(faults::RECOVER_REVERTED);
             if !receipt.restored {
+                let callee = decide::called(callee);
                 return Ok(Some(format!(
                     "the gate of {callee} is closed, and its windows stay for now: {}",
                     receipt.reason.unwrap_or_default()

@@ -29,40 +29,26 @@ global_asm!(
     "inc qword ptr [r11]",
     "pop r11",
     "jmp r11",
-    // Called from an entry window: all but vectors and callee-saved registers
-    // are fair game, and the stack is aligned (movaps faults otherwise).
-    ".globl code_test_hook",
-    "code_test_hook:",
-    "sub rsp, 24",
-    "movaps [rsp], xmm0",
-    "add rsp, 24",
-    "lea rax, [rip + {hooked}]",
-    "inc qword ptr [rax]",
-    // Its arguments: where the return address lies, and the flag.
-    "mov rcx, [rdi]",
-    "mov [rax + 8], rcx",
-    "mov [rax + 16], rsi",
-    "mov rax, -1",
-    "mov rcx, -2",
-    "mov rdx, -3",
-    "mov rsi, -4",
-    "mov rdi, -5",
-    "mov r8, -6",
-    "mov r9, -7",
-    "mov r10, -8",
-    "mov r11, -9",
+    // What the bridge's entry for a function gets: [rsp] = r11, [rsp+8] = the
+    // return address, r11 = the record: a counter, where to go on, and room for
+    // the return address. This one goes on with all registers as they were.
+    ".globl code_test_called",
+    "code_test_called:",
+    "inc qword ptr [r11]",
+    "push rax",
+    "mov rax, [rsp + 16]",
+    "mov [r11 + 16], rax",
+    "pop rax",
+    "mov r11, [r11 + 8]",
+    "xchg r11, [rsp]",
     "ret",
-    hooked = sym HOOKED,
 );
 
 unsafe extern "C" {
     fn code_test_bridge_entry();
-    fn code_test_hook();
+    fn code_test_called();
 }
 
-/// Calls of the hook, of all libraries, and the return address and flag that
-/// the last one was told: read only under [`ALONE`].
-static mut HOOKED: [u64; 3] = [0; 3];
 /// Code is written while nobody else runs it.
 pub(crate) static ALONE: Mutex<()> = Mutex::new(());
 
@@ -124,12 +110,22 @@ extern "C" fn append(context: *mut c_void, data: *const u8, length: usize) {
     }
 }
 
+/// What the stub at a function's entry goes by.
+#[derive(Default)]
+#[repr(C)]
+struct Entry {
+    /// Entries that came by while the flag was set, where they go on, and where
+    /// the last one returns to.
+    record: [u64; 3],
+    flag: u8,
+}
+
 /// A library in this process. It stays loaded.
 pub(crate) struct Live {
     handle: *mut c_void,
     pub(crate) bias: u64,
     pub(crate) sites: Vec<(Window, Box<Counter>)>,
-    entry: Option<(Window, Box<u8>)>,
+    entry: Option<(Window, Box<Entry>)>,
     island: u64,
     used: u64,
 }
@@ -208,8 +204,8 @@ impl Live {
         at
     }
 
-    /// Leads every site to the counting bridge, and the function's entry to
-    /// the hook.
+    /// Leads every site to the counting bridge, and the function's entry too,
+    /// while its flag is set.
     pub(crate) fn patch(&mut self, map: &CodeMap) {
         for site in map.all_sites() {
             let window = site.window.expect("checked before");
@@ -219,14 +215,17 @@ impl Live {
             self.sites.push((window, record));
         }
         let window = map.entry_window("faas_func_call").expect("checked before");
-        let flag = Box::new(0);
+        let mut entry = Box::<Entry>::default();
         let at = self.reserve();
-        let tail = Tail::Hook {
-            flag: &raw const *flag as u64,
-            hook: code_test_hook as *const () as u64,
+        let tail = Tail::Called {
+            flag: &raw const entry.flag as u64,
+            record: &raw const entry.record as u64,
+            bridge_entry: code_test_called as *const () as u64,
         };
+        let stub = window.stub(self.bias, at, &tail).expect("in reach");
+        entry.record[1] = at + u64::from(stub.boundaries[0].1);
         self.graft(&window, at, &tail);
-        self.entry = Some((window, flag));
+        self.entry = Some((window, entry));
     }
 
     fn graft(&self, window: &Window, at: u64, tail: &Tail) {
@@ -234,12 +233,35 @@ impl Live {
         write_all(&all);
     }
 
-    pub(crate) fn set_hook(&mut self, on: bool) {
-        if let Some((_, flag)) = &mut self.entry {
-            let flag: *mut u8 = &raw mut **flag;
+    pub(crate) fn set_flag(&mut self, on: bool) {
+        if let Some((_, entry)) = &mut self.entry {
             // SAFETY: the box is alive; the stub reads it too.
-            unsafe { flag.write_volatile(u8::from(on)) };
+            unsafe { (&raw mut entry.flag).write_volatile(u8::from(on)) };
         }
+    }
+
+    fn record(&self) -> [u64; 3] {
+        let (_, entry) = self.entry.as_ref().expect("patched");
+        // SAFETY: the box is alive; the stub writes it.
+        unsafe { (&raw const entry.record).read_volatile() }
+    }
+
+    /// Entries into `faas_func_call` that came by while the flag was set.
+    pub(crate) fn entries(&self) -> u64 {
+        self.record()[0]
+    }
+
+    /// Whether the last one was seen to return into this program.
+    pub(crate) fn returns_here(&self) -> bool {
+        let base = |at: *const c_void| {
+            // SAFETY: dladdr only reads the loader's maps.
+            unsafe {
+                let mut info: libc::Dl_info = std::mem::zeroed();
+                (libc::dladdr(at, &raw mut info) != 0).then_some(info.dli_fbase)
+            }
+        };
+        let here = base(code_test_called as *const c_void);
+        here.is_some() && base(self.record()[2] as *const c_void) == here
     }
 
     /// Calls that passed the site at this index.
@@ -254,31 +276,6 @@ impl Live {
         for window in windows.chain(self.entry.iter().map(|e| &e.0)) {
             write_all(&original(window, self.bias));
         }
-    }
-}
-
-/// Calls of the hook so far.
-pub(crate) fn hooked() -> u64 {
-    // SAFETY: requests run only under `ALONE`, which the caller holds.
-    unsafe { (&raw const HOOKED).read_volatile()[0] }
-}
-
-/// Whether the last hook was told where `faas_func_call` returns to (into
-/// this program) and which flag was set.
-pub(crate) fn hook_was_told(live: &Live) -> bool {
-    // SAFETY: as for `hooked`; dladdr only reads the loader's maps.
-    unsafe {
-        let [_, back, flag] = (&raw const HOOKED).read_volatile();
-        let base = |at: *const c_void| {
-            let mut info: libc::Dl_info = std::mem::zeroed();
-            (libc::dladdr(at, &raw mut info) != 0).then_some(info.dli_fbase)
-        };
-        let expected = live
-            .entry
-            .as_ref()
-            .map(|(_, flag)| &raw const **flag as u64);
-        let here = base(code_test_hook as *const c_void);
-        here.is_some() && base(back as *const c_void) == here && expected == Some(flag)
     }
 }
 

@@ -1,5 +1,6 @@
 //! The operations against a patcher that touches nothing.
 
+mod observe;
 mod patch;
 mod quarantine;
 mod read;
@@ -26,6 +27,7 @@ struct Bench {
     clock: FakeClock,
     policy: Policy,
     watch: Watch,
+    observer: Observer,
 }
 
 fn bench(foo: [FakeWorker; 2]) -> Bench {
@@ -36,6 +38,7 @@ fn bench(foo: [FakeWorker; 2]) -> Bench {
         clock: FakeClock::new(),
         policy: Policy::default(),
         watch: Watch::default(),
+        observer: Observer::default(),
     }
 }
 
@@ -76,6 +79,7 @@ impl Bench {
             proc_root: &root,
             policy: &self.policy,
             watch: &self.watch,
+            observer: &self.observer,
         };
         act(&context, &scan(&root).unwrap())
     }

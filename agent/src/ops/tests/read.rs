@@ -12,6 +12,7 @@ fn explain_plans_and_touches_nothing() {
         proc_root: &root,
         policy: &bench.policy,
         watch: &Watch::default(),
+        observer: &Observer::default(),
     };
     let plan = explain(&context, &scan(&root).unwrap(), &planned("foo", "BAR")).unwrap();
     assert_eq!(plan.text, "map Bar of 21 into 11");
@@ -33,6 +34,7 @@ fn explain_tells_of_workers_of_different_builds() {
         proc_root: &root,
         policy: &bench.policy,
         watch: &Watch::default(),
+        observer: &Observer::default(),
     };
     let plan = explain(&context, &scan(&root).unwrap(), &planned("Foo", "Bar")).unwrap();
     let builds = format!("{}, other", "ab".repeat(20));
@@ -63,6 +65,7 @@ fn status_sums_over_an_edge_s_workers() {
         proc_root: &root,
         policy: &bench.policy,
         watch: &Watch::default(),
+        observer: &Observer::default(),
     };
     let status = status(&context, scan(&root).unwrap());
     let [edge] = status.edges.as_slice() else {
@@ -93,6 +96,7 @@ fn ps_shows_what_is_fused_and_leaves_out_the_dead() {
         proc_root: &root,
         policy: &bench.policy,
         watch: &Watch::default(),
+        observer: &Observer::default(),
     };
     let names = [(
         "c".repeat(64),

@@ -75,6 +75,33 @@ int outer(void *, const char *input, size_t) {
     return 0;
 }
 
+// The worker's own routine; the first byte of the input says what it does.
+int own_routine(void *, const char *, const char *input, size_t len, const char **output,
+                size_t *output_len) {
+    Thrown local;
+    *output = nullptr;
+    *output_len = 0;
+    switch (*input) {
+    case 't': throw Thrown();
+    case 'p': pthread_exit(nullptr);
+    case 'e': return -1;
+    }
+    *output = input;
+    *output_len = len + 1;
+    return 0;
+}
+
+// 55 if the call throws.
+int catches(invoke call, const char *name, const char *input) {
+    const char *output;
+    size_t len;
+    try {
+        return call(nullptr, name, input, strlen(input), &output, &len);
+    } catch (const Thrown &) {
+        return 55;
+    }
+}
+
 struct Witness {
     ~Witness() { modes = _mm_getcsr(); witnessed++; }
 };

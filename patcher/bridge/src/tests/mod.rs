@@ -6,6 +6,7 @@ mod dl;
 mod guard;
 mod image;
 mod legacy;
+mod observe;
 mod state;
 mod tls;
 mod unwind;

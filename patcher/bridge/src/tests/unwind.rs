@@ -13,6 +13,8 @@ use crate::sys;
 /// What the stub of a site holds.
 static SITE: AtomicU64 = AtomicU64::new(0);
 static ENTER: AtomicU64 = AtomicU64::new(0);
+/// What its call meant: the worker's `invoke_func`.
+pub(super) static TARGET: AtomicU64 = AtomicU64::new(0);
 /// Calls that took the RPC.
 static RPCS: AtomicU64 = AtomicU64::new(0);
 
@@ -27,11 +29,10 @@ pub(super) unsafe extern "C" fn site(
     output_len: *mut usize,
 ) -> c_int {
     naked_asm!(
-        "lea r11, [rip + {rpc}]",
-        "push r11",
+        "push [rip + {target}]",
         "mov r11, [rip + {site}]",
         "jmp [rip + {enter}]",
-        rpc = sym rpc,
+        target = sym TARGET,
         site = sym SITE,
         enter = sym ENTER,
     );
@@ -80,9 +81,8 @@ pub(super) fn world() -> World {
     }
     world.graft.call = functions.get("callee");
     world.worker.invoke = rpc as *const () as u64;
-    // Entries from this word on are outermost ones.
-    world.worker.text_low = 0x1000;
-    world.worker.text_high = 0x2000;
+    TARGET.store(world.worker.invoke, SeqCst);
+    (world.worker.text_low, world.worker.text_high) = super::observe::outermost();
     SITE.store(core::ptr::from_mut(world.site) as u64, SeqCst);
     ENTER.store(bridge().get("ng_enter"), SeqCst);
     world
@@ -123,12 +123,8 @@ pub(super) fn counts(world: &World) -> (u64, u64, u64) {
 
 /// An entry into the caller's `faas_func_call` from the worker's executable.
 fn outermost_entry(world: &World) {
-    let hook: extern "C" fn(*const u64, *const u8) =
-        // SAFETY: its type.
-        unsafe { core::mem::transmute(bridge().get("ng_hook") as usize) };
-    let from = 0x1800_u64;
     if world.worker.dirty.get() != 0 {
-        hook(&from, world.worker.dirty.as_ptr());
+        assert_eq!(super::observe::enter(world, [0, 0, 0]), 9);
     }
 }
 
@@ -215,16 +211,14 @@ extern "C" fn bind_thread() {
     unsafe { (*(WORKER.load(SeqCst) as *mut Worker)).thread = sys::thread_pointer() };
 }
 
-#[test]
-fn a_thread_that_ends_in_a_fused_call_ends_and_leaves_order() {
-    let world = ready();
+/// A thread that calls `name` as the worker's, which ends it.
+pub(super) fn ends_in_a_call(world: &World, name: &str) {
     WORKER.store(core::ptr::from_ref(&*world.worker) as u64, SeqCst);
     let argument = [
         site as *const () as u64,
-        string(NAME),
+        string(name),
         bind_thread as *const () as u64,
     ];
-    let witnessed = functions().int("witnessed");
     // SAFETY: the thread's function is C++; no frame of Rust's is unwound.
     unsafe {
         let mut thread = 0;
@@ -240,6 +234,13 @@ fn a_thread_that_ends_in_a_fused_call_ends_and_leaves_order() {
         libc::pthread_join(thread, &mut result);
         assert!(result.is_null(), "the thread returned");
     }
+}
+
+#[test]
+fn a_thread_that_ends_in_a_fused_call_ends_and_leaves_order() {
+    let world = ready();
+    let witnessed = functions().int("witnessed");
+    ends_in_a_call(&world, NAME);
     assert_eq!(
         functions().int("witnessed"),
         witnessed + 1,

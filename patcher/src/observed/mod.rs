@@ -1,8 +1,12 @@
 //! What a worker's counters say: values, as they are read from its memory while
 //! it runs. All of them only grow, for as long as the worker lives.
 
+mod counters;
+
 use nightgraft_bridge::histogram::{BUCKETS, lowest};
 use serde::{Deserialize, Serialize};
+
+pub use counters::Counters;
 
 /// Durations by size.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,7 +76,7 @@ pub struct RpcSeries {
 pub struct FusedSeries {
     /// The callee, with the way to it.
     pub callee: String,
-    /// Calls run fused now, as far as the gate and its windows are concerned.
+    /// Calls run fused now, as far as the gate is concerned.
     pub fused: bool,
     /// The calls, of all images that this callee had in the worker.
     pub calls: Series,
