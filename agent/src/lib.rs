@@ -32,8 +32,10 @@ pub mod faults;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 pub mod grafter;
+pub mod history;
 pub mod journal;
 pub mod live;
+pub mod meter;
 pub mod observer;
 pub mod ops;
 pub mod policy;

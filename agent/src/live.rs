@@ -17,8 +17,8 @@ use nightgraft_patcher::snapshot::SnapshotError;
 
 use crate::claim::{self, Claim};
 use crate::grafter::{
-    Counting, Explained, GraftError, Grafter, Held, PatchReceipt, Recovered, RevertReceipt, Target, Wanted,
-    Reading, WorkerStatus,
+    Counting, Explained, GraftError, Grafter, Held, PatchReceipt, Reading, Recovered,
+    RevertReceipt, Target, Wanted, WorkerStatus,
 };
 use crate::journal::Disk;
 
@@ -144,7 +144,8 @@ impl Grafter for Live {
     }
 
     fn hold(&self, worker: &Target) -> Result<Option<Held>, GraftError> {
-        session::hold(function(worker), self.control(worker)).map_err(|failure| failed(failure, &[worker]))
+        session::hold(function(worker), self.control(worker))
+            .map_err(|failure| failed(failure, &[worker]))
     }
 
     fn revert(&self, caller: &Target, callee_name: &str) -> Result<RevertReceipt, GraftError> {

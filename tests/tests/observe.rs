@@ -49,9 +49,14 @@ fn edge(graph: &Value, caller: &str, callee: &str) -> [u64; 5] {
         all.iter()
             .find(|e| e["caller"] == caller && e["callee"] == callee)
     });
-    ["rpc_calls", "fused_calls", "errors", "bytes_in", "bytes_out"].map(|field| {
-        found.map_or(0, |edge| edge[field].as_u64().unwrap_or(0))
-    })
+    [
+        "rpc_calls",
+        "fused_calls",
+        "errors",
+        "bytes_in",
+        "bytes_out",
+    ]
+    .map(|field| found.map_or(0, |edge| edge[field].as_u64().unwrap_or(0)))
 }
 
 fn of_node<'a>(graph: &'a Value, function: &str) -> Option<&'a Value> {
@@ -117,16 +122,34 @@ fn the_graph_counts_every_call_by_rpc_and_fused() -> Result<()> {
         std::array::from_fn(|i| now[i] - before[i])
     };
     let found = more(&by_rpc, &before, "Foo", "Bar");
-    ensure!(found[..4] == [expected, 0, errors, bytes], "{found:?} {by_rpc}");
+    ensure!(
+        found[..4] == [expected, 0, errors, bytes],
+        "{found:?} {by_rpc}"
+    );
     ensure!(found[4] > 0, "no output: {by_rpc}");
-    ensure!(more(&by_rpc, &before, "Bar", "Baz")[0] == nested, "{by_rpc}");
-    ensure!(more(&by_rpc, &before, "Foo", "NoSuchFunction")[..3] == [1, 0, 1], "{by_rpc}");
-    ensure!(calls(&by_rpc, "Foo") - calls(&before, "Foo") == 205, "{by_rpc}");
-    ensure!(calls(&by_rpc, "Bar") - calls(&before, "Bar") == expected, "{by_rpc}");
+    ensure!(
+        more(&by_rpc, &before, "Bar", "Baz")[0] == nested,
+        "{by_rpc}"
+    );
+    ensure!(
+        more(&by_rpc, &before, "Foo", "NoSuchFunction")[..3] == [1, 0, 1],
+        "{by_rpc}"
+    );
+    ensure!(
+        calls(&by_rpc, "Foo") - calls(&before, "Foo") == 205,
+        "{by_rpc}"
+    );
+    ensure!(
+        calls(&by_rpc, "Bar") - calls(&before, "Bar") == expected,
+        "{by_rpc}"
+    );
     let missing = of_node(&by_rpc, "NoSuchFunction").context("its node")?;
     ensure!(missing["kind"].is_null(), "{missing}");
     let foo = of_node(&by_rpc, "Foo").context("its node")?;
-    ensure!(foo["observed"] == 2 && foo["own"]["samples"].as_u64() > Some(0), "{foo}");
+    ensure!(
+        foo["observed"] == 2 && foo["own"]["samples"].as_u64() > Some(0),
+        "{foo}"
+    );
 
     // Fused, the same edge goes on; what Bar calls is Bar's still.
     agent.patch(&node, "Foo", "Bar")?;
@@ -135,17 +158,26 @@ fn the_graph_counts_every_call_by_rpc_and_fused() -> Result<()> {
     let ([expected, errors, bytes], nested) = round(&node);
     let fused = graph(&agent, &node)?;
     let found = more(&fused, &before, "Foo", "Bar");
-    ensure!(found[..4] == [0, expected, errors, bytes], "{found:?} {fused}");
+    ensure!(
+        found[..4] == [0, expected, errors, bytes],
+        "{found:?} {fused}"
+    );
     ensure!(more(&fused, &before, "Bar", "Baz")[0] == nested, "{fused}");
     ensure!(calls(&fused, "Bar") == calls(&before, "Bar"), "{fused}");
-    ensure!(more(&fused, &before, "Foo", "NoSuchFunction")[0] == 1, "{fused}");
+    ensure!(
+        more(&fused, &before, "Foo", "NoSuchFunction")[0] == 1,
+        "{fused}"
+    );
 
     // Reverted, it stays observed; then left alone, the bytes are the library's.
     agent.revert(&node, "Foo", "Bar")?;
     let before = graph(&agent, &node)?;
     let ([expected, ..], _) = round(&node);
     let reverted = graph(&agent, &node)?;
-    ensure!(more(&reverted, &before, "Foo", "Bar")[0] == expected, "{reverted}");
+    ensure!(
+        more(&reverted, &before, "Foo", "Bar")[0] == expected,
+        "{reverted}"
+    );
     let report = observe(&agent, &node, false, &[])?;
     ensure!(outcomes(&report) == ["restored"; 5], "{report}");
     code.iter().try_for_each(Code::runs_the_same)?;
@@ -226,7 +258,10 @@ fn what_cannot_be_observed_is_told() -> Result<()> {
     let engine = node.engine_pid();
     let request = json!({"on": true, "functions": ["Fooo"], "engine": engine});
     let (code, body) = agent.post("/v1/observe", &request)?;
-    ensure!(code == 404 && body["error"]["code"] == "unknown-function", "{body}");
+    ensure!(
+        code == 404 && body["error"]["code"] == "unknown-function",
+        "{body}"
+    );
     let request = json!({"on": true, "function": ["Foo"]});
     let (code, body) = agent.post("/v1/observe", &request)?;
     ensure!(code == 400, "{body}");

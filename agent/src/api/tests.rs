@@ -111,6 +111,7 @@ fn a_worker_keeps_its_shape() {
             "fused": [{
                 "callee": "Bar", "gate_on": true, "windows_in_place": true, "state": "armed",
             }],
+            "observed": true,
             "problem": null,
         })
     );

@@ -103,7 +103,8 @@ pub struct Opening {
     pub living: Vec<(i32, u64)>,
 }
 
-enum OpenError {
+/// Why a database cannot be used.
+pub(crate) enum OpenError {
     /// The file is not what was written.
     Damaged(String),
     /// It cannot be used as it is, but nothing is wrong with it.
@@ -446,7 +447,7 @@ fn remove(database: &Database, keys: &[String]) -> Result<(), redb::Error> {
 }
 
 /// Runs something in the database. What it panics of is damage.
-fn guarded<T>(act: impl FnOnce() -> Result<T, redb::Error>) -> Result<T, OpenError> {
+pub(crate) fn guarded<T>(act: impl FnOnce() -> Result<T, redb::Error>) -> Result<T, OpenError> {
     match catch_unwind(AssertUnwindSafe(act)) {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(judged(error)),

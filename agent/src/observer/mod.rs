@@ -308,8 +308,10 @@ impl Inner {
             }
             lives
         });
-        self.meter
-            .tick(now_ms(), nightgraft_patcher::status::cycles_per_nanosecond());
+        self.meter.tick(
+            now_ms(),
+            nightgraft_patcher::status::cycles_per_nanosecond(),
+        );
     }
 
     fn meet(&mut self, grafter: &dyn Grafter, target: &Target, worker: WorkerKey, now: Instant) {
@@ -338,7 +340,10 @@ impl Inner {
     /// Whether a worker is to be observed, is not, and may be tried.
     fn missing(&self, wanted: &Wanted, node: &Node) -> bool {
         let now = Instant::now();
-        let functions = node.functions.iter().filter(|f| wanted.wants(&f.label(), f.engine));
+        let functions = node
+            .functions
+            .iter()
+            .filter(|f| wanted.wants(&f.label(), f.engine));
         let mut targets = functions.flat_map(|f| f.workers.iter().filter_map(Worker::target));
         targets.any(|target| {
             let key = (target.pid, target.start_time);

@@ -25,6 +25,10 @@ fn counted(calls: u64) -> Reading {
     }
 }
 
+fn calls_of(observer: &Observer, grafter: &FakeGrafter, node: &Node) -> u64 {
+    calls(&observer.graph(grafter, node))
+}
+
 fn calls(graph: &api::Graph) -> u64 {
     graph.edges.iter().map(|edge| edge.rpc_calls).sum()
 }
@@ -36,7 +40,13 @@ fn the_graph_is_that_of_the_moment_and_outlives_workers() {
     let observer = Observer::default();
     let node = scan(&proc.root()).unwrap();
     assert!(observer.graph(&grafter, &node).edges.is_empty());
-    grafter.workers.lock().unwrap().get_mut(&11).unwrap().reading = counted(5);
+    grafter
+        .workers
+        .lock()
+        .unwrap()
+        .get_mut(&11)
+        .unwrap()
+        .reading = counted(5);
     // It was found to have nothing; whoever changed that says so.
     assert!(observer.graph(&grafter, &node).edges.is_empty());
     observer.nudge();
@@ -57,12 +67,29 @@ fn what_is_counted_comes_into_the_history() {
     let dir = tempfile::tempdir().unwrap();
     let observer = Observer::open(Some(dir.path()));
     let node = scan(&proc.root()).unwrap();
-    grafter.workers.lock().unwrap().get_mut(&11).unwrap().reading = counted(7);
-    observer.graph(&grafter, &node);
+    // What was counted before anybody looked may be hours old.
+    let set = |calls| {
+        let mut workers = grafter.workers.lock().unwrap();
+        workers.get_mut(&11).unwrap().reading = counted(calls);
+        drop(workers);
+        // Counters are opened once: the fake's are those of that moment.
+        observer.inner().open.clear();
+        observer.nudge();
+        assert_eq!(calls_of(&observer, &grafter, &node), calls);
+        std::thread::sleep(Duration::from_millis(150));
+    };
+    set(2);
+    set(9);
+    set(9);
     observer.stop();
     drop(observer);
     let observer = Observer::open(Some(dir.path()));
     let history = observer.history(0, 100);
-    let sum: u64 = history.steps.iter().flat_map(|s| &s.edges).map(|e| e.rpc_calls).sum();
+    let sum: u64 = history
+        .steps
+        .iter()
+        .flat_map(|s| &s.edges)
+        .map(|e| e.rpc_calls)
+        .sum();
     assert_eq!(sum, 7, "{history:?}");
 }

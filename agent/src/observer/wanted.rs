@@ -162,7 +162,9 @@ mod tests {
         assert!(!wanted.any() && !wanted.wants("Foo", None));
         let both = [rule(true, "Foo", None), rule(true, "Bar", None)];
         wanted.change(&both).unwrap();
-        wanted.change(&[rule(false, "Bar", None), rule(false, "Qux", None)]).unwrap();
+        wanted
+            .change(&[rule(false, "Bar", None), rule(false, "Qux", None)])
+            .unwrap();
         let wanted = open();
         assert!(wanted.wants("Foo", Some(7)) && wanted.wants("Foo", None));
         assert!(!wanted.wants("Bar", Some(7)) && !wanted.wants("Qux", None));

@@ -77,14 +77,18 @@ fn carry_out(context: &Context<'_>, functions: &[&Function], on: bool) -> Observ
                     outcome,
                     stops_ns,
                 };
-                report.workers.extend(targets.iter().zip(outcomes).map(with));
+                report
+                    .workers
+                    .extend(targets.iter().zip(outcomes).map(with));
             }
             Err(AgentError::NoWorkers { name }) => {
                 let later = match on {
                     true => ": those that come will be observed",
                     false => "",
                 };
-                report.notes.push(format!("function {name} has no running worker{later}"));
+                report
+                    .notes
+                    .push(format!("function {name} has no running worker{later}"));
             }
             Err(error) => report.notes.push(format!("{error}: it can't be observed")),
         }
@@ -167,15 +171,19 @@ fn functions<'a>(
     if request.functions.is_empty() {
         let of_engine = |f: &&Function| request.engine.is_none() || f.engine == request.engine;
         let native = |f: &&Function| f.workers.iter().any(|w| w.kind == WorkerKind::Native);
-        return Ok(node.functions.iter().filter(of_engine).filter(native).collect());
+        return Ok(node
+            .functions
+            .iter()
+            .filter(of_engine)
+            .filter(native)
+            .collect());
     }
     let mut all: Vec<&Function> = Vec::new();
     for name in &request.functions {
         let found = select::named(node, name, request.engine);
         for function in found.map_err(|error| context.explained(error))? {
             if request.on
-                && let Err(error @ AgentError::NotNative { .. }) =
-                    select::native_workers(function)
+                && let Err(error @ AgentError::NotNative { .. }) = select::native_workers(function)
             {
                 return Err(error);
             }

@@ -23,9 +23,8 @@ use tokio::sync::Semaphore;
 
 use crate::api::{
     EXPLAIN, EdgeRequest, ErrorBody, ExplainRequest, Explanation, GRAPH, Graph, HEALTH, HISTORY,
-    Health, History, OBSERVE, ObserveReport, ObserveRequest, PATCH, PS,
-    PatchReport, PatchRequest, Ps, REVERT, RevertReport, STATUS, Status, UNQUARANTINE,
-    UnquarantineReport,
+    Health, History, OBSERVE, ObserveReport, ObserveRequest, PATCH, PS, PatchReport, PatchRequest,
+    Ps, REVERT, RevertReport, STATUS, Status, UNQUARANTINE, UnquarantineReport,
 };
 use crate::canary::SystemClock;
 use crate::discover::docker::{self, DockerSocket};
@@ -327,9 +326,7 @@ async fn observe(
 }
 
 async fn graph(State(agent): State<Agent>) -> Answer<Graph> {
-    let read = |context: &Context<'_>, node| {
-        Ok(context.observer.graph(context.grafter, &node))
-    };
+    let read = |context: &Context<'_>, node| Ok(context.observer.graph(context.grafter, &node));
     Ok(Json(agent.read("graph", read).await?))
 }
 
@@ -343,7 +340,11 @@ async fn history(State(agent): State<Agent>, request: Request) -> Answer<History
         Some(query) => query
             .strip_prefix("since=")
             .and_then(|seconds| seconds.parse::<u64>().ok())
-            .ok_or_else(|| bad(format!("?since=SECONDS (since 1970) is wanted, not ?{query}")))?,
+            .ok_or_else(|| {
+                bad(format!(
+                    "?since=SECONDS (since 1970) is wanted, not ?{query}"
+                ))
+            })?,
     };
     let since_ms = since_s.saturating_mul(1000);
     let observer = Arc::clone(&agent.observer);

@@ -18,9 +18,9 @@ use crate::discover::{Function, Worker};
 use nightgraft_patcher::effects::{Guarded, Seen};
 
 use crate::grafter::{
-    Allowance, CalleeState, Counting, EdgeCounters, Effect, Explained, GraftError, GraftStatus, Grafter,
-    GuardState, PatchReceipt, Reading, Refused, RevertReceipt, RpcReasons, SiteProof, Target, Wanted,
-    WorkerStatus,
+    Allowance, CalleeState, Counting, EdgeCounters, Effect, Explained, GraftError, GraftStatus,
+    Grafter, GuardState, PatchReceipt, Reading, Refused, RevertReceipt, RpcReasons, SiteProof,
+    Target, Wanted, WorkerStatus,
 };
 
 pub(crate) fn function(name: &str, id: u32, engine: Option<i32>) -> Function {

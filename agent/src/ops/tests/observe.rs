@@ -31,18 +31,28 @@ fn every_worker_of_the_functions_is_observed_and_left_again() {
     let bench = bench([living(&[]), living(&[])]);
     let report = bench.observe(true, &["foo"]).unwrap();
     let observed = &ObserveOutcome::Observed;
-    assert_eq!(outcomes(&report), [("Foo", 11, observed), ("Foo", 12, observed)]);
+    assert_eq!(
+        outcomes(&report),
+        [("Foo", 11, observed), ("Foo", 12, observed)]
+    );
     assert!(bench.observer.wanted.wants("Foo", None));
     assert!(!bench.observer.wanted.wants("Bar", None));
     let report = bench.observe(true, &["Foo", "Bar"]).unwrap();
     let already = &ObserveOutcome::Already;
     assert_eq!(
         outcomes(&report),
-        [("Foo", 11, already), ("Foo", 12, already), ("Bar", 21, observed)]
+        [
+            ("Foo", 11, already),
+            ("Foo", 12, already),
+            ("Bar", 21, observed)
+        ]
     );
     let report = bench.observe(false, &["Foo"]).unwrap();
     let restored = &ObserveOutcome::Restored;
-    assert_eq!(outcomes(&report), [("Foo", 11, restored), ("Foo", 12, restored)]);
+    assert_eq!(
+        outcomes(&report),
+        [("Foo", 11, restored), ("Foo", 12, restored)]
+    );
     assert!(!bench.observer.wanted.wants("Foo", None));
     assert!(bench.observer.wanted.wants("Bar", None));
 }
@@ -51,7 +61,10 @@ fn every_worker_of_the_functions_is_observed_and_left_again() {
 fn an_unknown_name_changes_nothing() {
     let bench = bench([living(&[]), living(&[])]);
     let error = bench.observe(true, &["Foo", "Fo"]).unwrap_err();
-    assert!(matches!(error, AgentError::UnknownFunction { .. }), "{error}");
+    assert!(
+        matches!(error, AgentError::UnknownFunction { .. }),
+        "{error}"
+    );
     assert!(bench.grafter.log().is_empty());
     assert!(!bench.observer.wanted.any());
 }
@@ -95,10 +108,16 @@ fn what_fails_in_one_worker_is_told_and_the_others_go_on() {
     let bench = bench([stubborn, living(&[])]);
     let report = bench.observe(true, &[]).unwrap();
     let found = outcomes(&report);
-    assert!(matches!(found[0].2, ObserveOutcome::Failed { .. }), "{found:?}");
+    assert!(
+        matches!(found[0].2, ObserveOutcome::Failed { .. }),
+        "{found:?}"
+    );
     assert_eq!(found[1].2, &ObserveOutcome::Observed);
     // They are tried again without being asked for.
     let again = bench.with(|context, node| catch_up(context, node));
-    assert!(matches!(outcomes(&again)[0].2, ObserveOutcome::Failed { .. }));
+    assert!(matches!(
+        outcomes(&again)[0].2,
+        ObserveOutcome::Failed { .. }
+    ));
     assert_eq!(outcomes(&again)[1].2, &ObserveOutcome::Already);
 }
