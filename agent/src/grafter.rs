@@ -51,6 +51,8 @@ pub struct Explained {
     pub plan: serde_json::Value,
     /// Why a patch would be refused nevertheless: effects that are not allowed.
     pub refused: Option<Refused>,
+    /// Bytes that it adds to the worker's memory.
+    pub bytes: u64,
 }
 
 /// Why a call of [`Grafter`] did not do what it was asked.

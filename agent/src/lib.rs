@@ -38,6 +38,7 @@ pub mod live;
 pub mod meter;
 pub mod observer;
 pub mod ops;
+pub mod planning;
 pub mod policy;
 pub mod quarantine;
 pub mod recovery;

@@ -111,11 +111,13 @@ impl Grafter for Live {
         .map_err(|failure| failed(failure, &[caller, callee]))?;
         let text = plan.render();
         let refused = plan.refusal();
+        let bytes = plan.resident_bytes();
         match serde_json::to_value(&plan) {
             Ok(plan) => Ok(Explained {
                 text,
                 plan,
                 refused,
+                bytes,
             }),
             Err(error) => Err(GraftError::Failed(format!(
                 "the plan can't be serialised: {error}"

@@ -7,11 +7,21 @@
 //! callee = "*"                        # any function
 //! allow-effects = ["files", "network"]
 //! guard = true                        # as `patch --guard`, every time
+//! fuse = "never"                      # what plans may do with it: never, may, must
+//!
+//! [trust]
+//! label = "com.example.tenant"        # only functions of one value are planned for
+//!
+//! [limits]
+//! memory-share = 0.5                  # of what a worker's limit leaves, for grafts
+//!
+//! [planner]                           # see docs/planner.md
+//! horizon-s = 600
 //! ```
 //!
 //! Names are compared as they are, case and all: functions may differ in
 //! nothing else. All edges that fit add up, and nothing takes away what another
-//! gives. The file is read once, when the agent starts; what is not understood
+//! gives; of what they say of plans, `never` counts before `must`. The file is read once, when the agent starts; what is not understood
 //! in it is an error, as a word that was meant to allow or forbid something must
 //! not be passed over.
 
@@ -19,17 +29,65 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, de::Error as _};
 
+use nightgraft_planner::Settings;
+
 use crate::grafter::Allowance;
 
 /// Stands for every function.
 const ANY: &str = "*";
 
 /// What edges are allowed, and whether they are guarded; nothing by default.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Policy {
     #[serde(default)]
     edge: Vec<Edge>,
+    /// Who trusts whom.
+    #[serde(default)]
+    pub trust: Trust,
+    /// How much grafts may take.
+    #[serde(default)]
+    pub limits: Limits,
+    /// The planner's settings.
+    #[serde(default)]
+    pub planner: Settings,
+}
+
+/// Which functions trust each other.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Trust {
+    /// The container label whose value names a function's trust domain; without
+    /// it all functions of an engine are one.
+    pub label: Option<String>,
+}
+
+/// How much grafts may take.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub struct Limits {
+    /// Share of the memory that a container's limit leaves, for the grafts in all
+    /// of its workers; 0 to 1.
+    pub memory_share: f64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { memory_share: 0.5 }
+    }
+}
+
+/// What plans may do with an edge.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fuse {
+    /// Leave it an RPC.
+    Never,
+    /// Fuse it where that is worth it.
+    #[default]
+    May,
+    /// Fuse it, whatever it saves.
+    Must,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -43,6 +101,8 @@ struct Edge {
     allow_effects: Allowance,
     #[serde(default)]
     guard: bool,
+    #[serde(default)]
+    fuse: Fuse,
 }
 
 impl Edge {
@@ -86,6 +146,14 @@ pub enum PolicyError {
         /// What, with line and column.
         source: Box<toml::de::Error>,
     },
+    /// A number in it makes no sense.
+    #[error("the configuration {} is wrong: {what}", .path.display())]
+    Number {
+        /// The file.
+        path: PathBuf,
+        /// Which, and what is wanted.
+        what: String,
+    },
 }
 
 impl Policy {
@@ -99,10 +167,26 @@ impl Policy {
             path: path(),
             source,
         })?;
-        Policy::parse(&text).map_err(|source| PolicyError::Wrong {
+        let policy = Policy::parse(&text).map_err(|source| PolicyError::Wrong {
             path: path(),
             source: Box::new(source),
-        })
+        })?;
+        match policy.check() {
+            Ok(()) => Ok(policy),
+            Err(what) => Err(PolicyError::Number { path: path(), what }),
+        }
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let settings = self.planner.check();
+        settings.map_err(|wrong| format!("[planner] {wrong}"))?;
+        let share = self.limits.memory_share;
+        if !(0.0..=1.0).contains(&share) {
+            return Err(format!(
+                "[limits] memory-share is {share}: a number from 0 to 1 is wanted"
+            ));
+        }
+        Ok(())
     }
 
     /// What the text of a configuration file says.
@@ -117,6 +201,18 @@ impl Policy {
             .iter()
             .filter(|edge| edge.fits(caller, callee))
             .fold(Allowance::NONE, |all, edge| all.and(edge.allow_effects))
+    }
+
+    /// What plans may do with an edge.
+    #[must_use]
+    pub fn fuse(&self, caller: &str, callee: &str) -> Fuse {
+        let fitting = self.edge.iter().filter(|edge| edge.fits(caller, callee));
+        let all: Vec<Fuse> = fitting.map(|edge| edge.fuse).collect();
+        match () {
+            () if all.contains(&Fuse::Never) => Fuse::Never,
+            () if all.contains(&Fuse::Must) => Fuse::Must,
+            () => Fuse::May,
+        }
     }
 
     /// Whether an edge's calls are guarded although a patch does not ask for it.
@@ -192,6 +288,51 @@ mod tests {
             text.contains("line 4") && text.contains("boolean"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn never_counts_before_must_and_must_before_may() {
+        let policy = read(
+            r#"
+            [[edge]]
+            caller = "Foo"
+            callee = "*"
+            fuse = "must"
+            [[edge]]
+            caller = "*"
+            callee = "Bar"
+            fuse = "never"
+            [[edge]]
+            caller = "Foo"
+            callee = "Baz"
+            "#,
+        )
+        .unwrap();
+        assert_eq!(policy.fuse("Foo", "Bar"), Fuse::Never);
+        assert_eq!(policy.fuse("Foo", "Baz"), Fuse::Must);
+        assert_eq!(policy.fuse("Qux", "Baz"), Fuse::May);
+        let text = wrong("[[edge]]\ncaller = \"Foo\"\ncallee = \"Bar\"\nfuse = \"no\"\n");
+        assert!(text.contains("line 4") && text.contains("never"), "{text}");
+    }
+
+    #[test]
+    fn numbers_that_make_no_sense_are_told() {
+        let policy = read("[planner]\nhorizon-s = 60\n[limits]\nmemory-share = 0.1\n").unwrap();
+        assert_eq!((policy.planner.horizon_s, policy.planner.depth), (60.0, 4));
+        assert_eq!(policy.limits.memory_share, 0.1);
+        let text = wrong("[planner]\nhysteresis = 0.5\n");
+        assert!(
+            text.ends_with("[planner] hysteresis is 0.5: a number of at least 1 is wanted"),
+            "{text}"
+        );
+        let text = wrong("[limits]\nmemory-share = 2\n");
+        assert!(
+            text.ends_with("memory-share is 2: a number from 0 to 1 is wanted"),
+            "{text}"
+        );
+        assert!(wrong("[planner]\nhorizon = 60\n").contains("line 2"));
+        let policy = read("[trust]\nlabel = \"tenant\"\n").unwrap();
+        assert_eq!(policy.trust.label.as_deref(), Some("tenant"));
     }
 
     #[test]

@@ -43,6 +43,68 @@ fn room(groups: &str, root: &Path) -> Option<u64> {
         .min()
 }
 
+/// Processors that the worker's control group may keep busy, by its quota or that
+/// of a group above it. `None` where there is none or it cannot be read.
+#[must_use]
+pub fn processors(pid: i32) -> Option<f64> {
+    let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    quota(&groups, Path::new("/sys/fs/cgroup"))
+}
+
+fn quota(groups: &str, root: &Path) -> Option<f64> {
+    let text = |file: &Path| std::fs::read_to_string(file).ok();
+    let number = |text: &str| text.trim().parse::<f64>().ok();
+    // "max 100000", or two numbers of microseconds.
+    let version_2 = |group: &Path| {
+        let text = text(&group.join("cpu.max"))?;
+        let (quota, period) = text.trim().split_once(' ')?;
+        Some(number(quota)? / number(period)?)
+    };
+    let version_1 = |group: &Path| {
+        let quota = number(&text(&group.join("cpu.cfs_quota_us"))?)?;
+        Some(quota / number(&text(&group.join("cpu.cfs_period_us"))?)?)
+    };
+    let mut least: Option<f64> = None;
+    for line in groups.lines() {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else {
+            continue;
+        };
+        let path = path.trim_start_matches('/');
+        if path.split('/').any(|part| part == "..") {
+            continue;
+        }
+        let found: Vec<f64> = match controllers {
+            "" => [root.to_path_buf(), root.join("unified")]
+                .iter()
+                .flat_map(|root| up(root, path))
+                .filter_map(|group| version_2(&group))
+                .collect(),
+            list if list.split(',').any(|c| c == "cpu") => {
+                [root.join("cpu"), root.join("cpu,cpuacct")]
+                    .iter()
+                    .flat_map(|root| up(root, path))
+                    .filter_map(|group| version_1(&group))
+                    .collect()
+            }
+            _ => Vec::new(),
+        };
+        let some = |quota: &f64| quota.is_finite() && *quota > 0.0;
+        for quota in found.into_iter().filter(some) {
+            least = Some(least.map_or(quota, |least| least.min(quota)));
+        }
+    }
+    least
+}
+
+/// A group and those above it.
+fn up(root: &Path, path: &str) -> Vec<std::path::PathBuf> {
+    let depth = Path::new(path).components().count();
+    let group = root.join(path);
+    let all = group.ancestors().take(depth + 1);
+    all.map(Path::to_path_buf).collect()
+}
+
 /// The least room of the group and its ancestors.
 fn tightest(roots: &[std::path::PathBuf], path: &str, limit: &str, usage: &str) -> Option<u64> {
     let number = |file: &Path| {
@@ -54,15 +116,7 @@ fn tightest(roots: &[std::path::PathBuf], path: &str, limit: &str, usage: &str) 
     };
     roots
         .iter()
-        .flat_map(|root| {
-            let group = root.join(path);
-            let depth = Path::new(path).components().count();
-            group
-                .ancestors()
-                .take(depth + 1)
-                .map(Path::to_path_buf)
-                .collect::<Vec<_>>()
-        })
+        .flat_map(|root| up(root, path))
         .filter_map(|group| {
             // "max" and v1's page-rounded i64::MAX mean that there is none.
             let limit = number(&group.join(limit)).filter(|l| *l < 1 << 62)?;
@@ -197,6 +251,25 @@ mod tests {
         let file = root.join(path);
         std::fs::create_dir_all(file.parent().unwrap()).unwrap();
         std::fs::write(file, text).unwrap();
+    }
+
+    #[test]
+    fn the_least_quota_of_processors_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        let quota = |groups: &str| quota(groups, root);
+        put(root, "cpu.max", "max 100000\n");
+        put(root, "a/cpu.max", "150000 100000\n");
+        put(root, "a/b/cpu.max", "max 100000\n");
+        assert_eq!(quota("0::/a/b"), Some(1.5));
+        assert_eq!(quota("0::/"), None);
+        put(root, "cpu/docker/x/cpu.cfs_quota_us", "50000\n");
+        put(root, "cpu/docker/x/cpu.cfs_period_us", "100000\n");
+        put(root, "cpu/docker/cpu.cfs_quota_us", "-1\n");
+        put(root, "cpu/docker/cpu.cfs_period_us", "100000\n");
+        assert_eq!(quota("4:cpu,cpuacct:/docker/x\n0::/a"), Some(0.5));
+        assert_eq!(quota("4:cpu,cpuacct:/docker"), None);
+        assert_eq!(quota("4:cpu:/../a\nnonsense"), None);
     }
 
     #[test]

@@ -11,12 +11,14 @@
 //! | `POST /v1/unquarantine` | [`EdgeRequest`] | [`UnquarantineReport`] |
 //! | `POST /v1/observe` | [`ObserveRequest`] | [`ObserveReport`] |
 //! | `GET /v1/graph` | | [`Graph`] |
+//! | `GET /v1/plan` | | [`PlanReport`] |
 //! | `GET /v1/history` | `?since=SECONDS` | [`History`] |
 //!
 //! An answer other than 200 carries an [`ErrorBody`]. Fields may be added
 //! within a version; none is removed or changes its meaning.
 
 mod graph;
+mod plan;
 
 use std::fmt;
 
@@ -25,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use crate::grafter::{CalleeState, GraftStatus, PatchReceipt, RevertReceipt, Verdict};
 
 pub use graph::*;
+pub use plan::*;
 
 /// Path of the health check.
 pub const HEALTH: &str = "/v1/health";
@@ -45,6 +48,8 @@ pub const UNQUARANTINE: &str = "/v1/unquarantine";
 pub const OBSERVE: &str = "/v1/observe";
 /// Path of the graph.
 pub const GRAPH: &str = "/v1/graph";
+/// Path of the plan.
+pub const PLAN: &str = "/v1/plan";
 /// Path of the graph's history.
 pub const HISTORY: &str = "/v1/history";
 

@@ -27,6 +27,7 @@ use crate::driver::WeakDriver;
 use crate::grafter::{Counting, GraftError, Grafter, Target};
 use crate::history::History;
 use crate::meter::{Meter, WorkerKey};
+use crate::planning::Planning;
 
 /// How often counters are read.
 const TICK: Duration = Duration::from_secs(1);
@@ -53,6 +54,8 @@ type Key = (i32, u64);
 pub struct Observer {
     /// What is to be observed.
     pub wanted: Wanted,
+    /// What plans are made of besides the graph.
+    pub planning: Planning,
     history: History,
     inner: Mutex<Inner>,
     /// Whether the thread is to look at once, or to end.
@@ -101,6 +104,7 @@ impl Observer {
     fn with(directory: Option<&Path>) -> Self {
         Self {
             wanted: Wanted::open(directory),
+            planning: Planning::default(),
             history: History::open(directory),
             inner: Mutex::default(),
             call: Default::default(),

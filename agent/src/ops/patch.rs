@@ -362,9 +362,16 @@ impl Edge<'_> {
         let name = self.name.clone();
         let grafter = self.context.grafter;
         let wanted = self.wanted;
+        let clock = self.context.clock;
+        let began = clock.now();
         let result = self.with_callee(|callee| grafter.patch(target, callee, &name, wanted));
         match &result {
             Ok(receipt) => {
+                if !receipt.already {
+                    let took = clock.now().duration_since(began);
+                    let planning = &self.context.observer.planning;
+                    planning.patched(took, &receipt.stops_ns);
+                }
                 tracing::info!(
                     pid = target.pid,
                     callee = name,

@@ -139,10 +139,15 @@ fn revert_one(
 ) -> RevertedWorker {
     let before = context.grafter.status(target).ok().flatten();
     let fused_calls = canary::edge(before.as_ref(), callee).map(|graft| graft.counters.fused_calls);
+    let began = context.clock.now();
     let reverted = match refused {
         None => context.grafter.revert(target, callee),
         Some(error) => Err(error.clone()),
     };
+    if let Ok(RevertReceipt { nothing: false, .. }) = &reverted {
+        let took = context.clock.now().duration_since(began);
+        context.observer.planning.reverted(took);
+    }
     let (outcome, receipt) = match reverted {
         Ok(receipt) => (outcome(&receipt), Some(receipt)),
         Err(GraftError::WorkerGone { .. }) => (RevertOutcome::Gone, None),

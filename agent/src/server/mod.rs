@@ -23,8 +23,9 @@ use tokio::sync::Semaphore;
 
 use crate::api::{
     EXPLAIN, EdgeRequest, ErrorBody, ExplainRequest, Explanation, GRAPH, Graph, HEALTH, HISTORY,
-    Health, History, OBSERVE, ObserveReport, ObserveRequest, PATCH, PS, PatchReport, PatchRequest,
-    Ps, REVERT, RevertReport, STATUS, Status, UNQUARANTINE, UnquarantineReport,
+    Health, History, OBSERVE, ObserveReport, ObserveRequest, PATCH, PLAN, PS, PatchReport,
+    PatchRequest, PlanReport, Ps, REVERT, RevertReport, STATUS, Status, UNQUARANTINE,
+    UnquarantineReport,
 };
 use crate::canary::SystemClock;
 use crate::discover::docker::{self, DockerSocket};
@@ -34,6 +35,7 @@ use crate::error::AgentError;
 use crate::grafter::{GraftError, Grafter};
 use crate::observer::Observer;
 use crate::ops::{self, Context, missing_capabilities};
+use crate::planning;
 use crate::policy::Policy;
 use crate::recovery::Recovery;
 use crate::watch::Watch;
@@ -200,6 +202,7 @@ fn router(agent: Agent) -> Router {
         .route(UNQUARANTINE, post(unquarantine))
         .route(OBSERVE, post(observe))
         .route(GRAPH, get(graph))
+        .route(PLAN, get(plan))
         .route(HISTORY, get(history))
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_path)
@@ -328,6 +331,20 @@ async fn observe(
 async fn graph(State(agent): State<Agent>) -> Answer<Graph> {
     let read = |context: &Context<'_>, node| Ok(context.observer.graph(context.grafter, &node));
     Ok(Json(agent.read("graph", read).await?))
+}
+
+async fn plan(State(agent): State<Agent>) -> Answer<PlanReport> {
+    let (containers, note) = match (&agent.docker, &agent.policy.trust.label) {
+        (Some(socket), Some(_)) => docker::describe(socket).await,
+        _ => Default::default(),
+    };
+    let mut report = agent
+        .read("plan", move |context, node| {
+            planning::report(context, node, &containers)
+        })
+        .await?;
+    report.notes.extend(note);
+    Ok(Json(report))
 }
 
 /// Steps of the history in one answer: a month of them.

@@ -291,6 +291,7 @@ impl Grafter for FakeGrafter {
                 ),
                 plan: serde_json::json!({ "windows": 1 }),
                 refused: worker.not_allowed(wanted.allowed),
+                bytes: 300 << 10,
             }),
         })
     }
