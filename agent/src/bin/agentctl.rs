@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
-use nightgraft_agent::cli::{Args, run};
+use nightgraft_agent::cli::{Args, Screen, run};
 
 fn main() -> anyhow::Result<ExitCode> {
     let args = Args::parse();
@@ -15,7 +15,7 @@ fn main() -> anyhow::Result<ExitCode> {
         .context("can't start")?;
     let mut out = std::io::stdout().lock();
     let mut err = std::io::stderr().lock();
-    let exit = runtime.block_on(run(&args, &mut out, &mut err));
+    let exit = runtime.block_on(run(&args, Screen::of_stdout, &mut out, &mut err));
     let _ = out.flush();
     Ok(exit.into())
 }

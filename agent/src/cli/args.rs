@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 
-use super::format::parse_duration;
+use super::format::{interval, parse_duration};
 use nightgraft_patcher::effects::{Allowance, UnknownEffect};
 
-use crate::api::{DEFAULT_SOCKET, EdgeRequest};
+use crate::api::{DEFAULT_SOCKET, EdgeRequest, ObserveRequest};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -105,6 +106,14 @@ pub enum Command {
     /// patch refuses it. This lifts that and fuses nothing.
     #[command(after_help = EXIT_CODES)]
     Unquarantine(EdgeArgs),
+    /// Count the RPCs of functions where they are made, or stop that
+    ///
+    /// The workers go on as they are; what is counted is shown by `graph`.
+    #[command(after_help = EXIT_CODES)]
+    Observe(ObserveArgs),
+    /// Show what the observed functions call: how often, and how long it takes
+    #[command(after_help = EXIT_CODES)]
+    Graph(GraphArgs),
     /// Show how the agent is, and what it lacks
     #[command(after_help = EXIT_CODES)]
     Health,
@@ -137,10 +146,92 @@ impl From<&EdgeArgs> for EdgeRequest {
     }
 }
 
+impl Args {
+    /// What was typed and can not be had together. `--json` may stand before the
+    /// command, where clap does not see it next to the command's own flags.
+    pub(super) fn conflict(&self) -> Option<clap::Error> {
+        let Command::Graph(graph) = &self.command else {
+            return None;
+        };
+        let form = graph.form().filter(|_| self.json)?;
+        let text = format!("the argument '--json' cannot be used with '{form}'");
+        Some(Self::command().error(ErrorKind::ArgumentConflict, text))
+    }
+}
+
+/// Whose calls are to be counted, or not any more.
+#[derive(Debug, clap::Args)]
+pub struct ObserveArgs {
+    /// Begin, or end
+    pub switch: Switch,
+    /// The functions (case does not matter); none for all
+    #[arg(value_name = "FUNCTION")]
+    pub functions: Vec<String>,
+    /// Pid of the engine, where several engines have functions of these names
+    #[arg(long, value_name = "PID")]
+    pub engine: Option<i32>,
+}
+
+/// Begin, or end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// Count from now on
+    On,
+    /// Give the workers their own code back
+    Off,
+}
+
+impl From<&ObserveArgs> for ObserveRequest {
+    fn from(args: &ObserveArgs) -> Self {
+        Self {
+            on: args.switch == Switch::On,
+            functions: args.functions.clone(),
+            engine: args.engine,
+        }
+    }
+}
+
+/// How the graph is to be shown: as tables, unless told otherwise.
+#[derive(Debug, Default, clap::Args)]
+pub struct GraphArgs {
+    /// Show the places in the callers' code, too
+    #[arg(long, conflicts_with_all = ["dot", "html"])]
+    pub sites: bool,
+    /// Print it for Graphviz, as in `agentctl graph --dot | dot -Tsvg`
+    #[arg(long, group = "form")]
+    pub dot: bool,
+    /// Write a page for the browser that shows the graph over time, and needs
+    /// nothing but itself
+    #[arg(long, value_name = "FILE", group = "form")]
+    pub html: Option<PathBuf>,
+    /// Show it again and again, every second unless told otherwise, until
+    /// interrupted
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        num_args = 0..=1,
+        default_missing_value = "1",
+        value_parser = interval,
+        group = "form"
+    )]
+    pub watch: Option<Duration>,
+}
+
+impl GraphArgs {
+    /// The flag that asks for something else than tables.
+    fn form(&self) -> Option<&'static str> {
+        match (self.dot, &self.html, self.watch) {
+            (true, ..) => Some("--dot"),
+            (_, Some(_), _) => Some("--html <FILE>"),
+            (.., Some(_)) => Some("--watch [<SECONDS>]"),
+            _ => None,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_definition_is_sound() {
@@ -181,5 +272,78 @@ mod tests {
         let error = patch("files,tea").unwrap_err();
         assert_eq!(error.exit_code(), 2);
         assert!(error.to_string().contains("\"tea\" is no effect that can be allowed: known are files, network, credentials and all"), "{error}");
+    }
+
+    #[test]
+    fn observe_takes_a_switch_and_functions() {
+        let request = |line: &str| {
+            let args = Args::try_parse_from(line.split(' ')).map_err(|error| error.exit_code())?;
+            let Command::Observe(observe) = args.command else {
+                panic!("does not observe")
+            };
+            Ok::<_, i32>(ObserveRequest::from(&observe))
+        };
+        assert_eq!(
+            request("agentctl observe on Foo Bar --engine 7"),
+            Ok(ObserveRequest {
+                on: true,
+                functions: vec!["Foo".to_owned(), "Bar".to_owned()],
+                engine: Some(7),
+            })
+        );
+        assert_eq!(
+            request("agentctl observe off"),
+            Ok(ObserveRequest {
+                on: false,
+                functions: vec![],
+                engine: None,
+            })
+        );
+        assert_eq!(request("agentctl observe"), Err(2));
+        assert_eq!(request("agentctl observe maybe"), Err(2));
+    }
+
+    #[test]
+    fn the_graph_is_watched_every_second_unless_told_otherwise() {
+        let every = |line: &str| {
+            let args = Args::try_parse_from(line.split(' ')).map_err(|error| error.exit_code())?;
+            let Command::Graph(graph) = args.command else {
+                panic!("no graph")
+            };
+            Ok::<_, i32>(graph.watch.map(|every| every.as_millis()))
+        };
+        assert_eq!(every("agentctl graph"), Ok(None));
+        assert_eq!(every("agentctl graph --watch"), Ok(Some(1_000)));
+        assert_eq!(every("agentctl graph --watch --sites"), Ok(Some(1_000)));
+        assert_eq!(every("agentctl graph --watch 0.5"), Ok(Some(500)));
+        assert_eq!(every("agentctl graph --watch 0"), Err(2));
+        assert_eq!(every("agentctl graph --watch soon"), Err(2));
+    }
+
+    #[test]
+    fn a_graph_has_one_form() {
+        let exit = |line: &str| {
+            let parsed = Args::try_parse_from(line.split(' '));
+            match parsed.map(|args| args.conflict()) {
+                Ok(None) => 0,
+                Ok(Some(error)) | Err(error) => error.exit_code(),
+            }
+        };
+        for line in ["--dot", "--html f", "--watch", "--json", "--sites --json"] {
+            assert_eq!(exit(&format!("agentctl graph {line}")), 0, "{line}");
+        }
+        for line in [
+            "--dot --html f",
+            "--dot --watch",
+            "--html f --watch 2",
+            "--dot --json",
+            "--html f --json",
+            "--watch --json",
+            "--sites --dot",
+            "--sites --html f",
+        ] {
+            assert_eq!(exit(&format!("agentctl graph {line}")), 2, "{line}");
+        }
+        assert_eq!(exit("agentctl --json graph --dot"), 2);
     }
 }

@@ -28,6 +28,27 @@ pub(super) fn nanos_f64(ns: f64) -> String {
     format!("{value:.digits$} {unit}")
 }
 
+/// Something per second, with three significant digits while it is small.
+#[must_use]
+pub(super) fn rate(per_s: f64) -> String {
+    match per_s {
+        v if v >= 999.5 =>
+        {
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "it is positive, and `as` saturates"
+            )]
+            count(v.round() as u64)
+        }
+        v if v >= 99.95 => format!("{v:.0}"),
+        v if v >= 9.995 => format!("{v:.1}"),
+        v if v >= 0.005 => format!("{v:.2}"),
+        v if v > 0.0 => "<0.01".to_owned(),
+        _ => "0".to_owned(),
+    }
+}
+
 /// A number of bytes with its unit.
 #[must_use]
 pub(super) fn bytes(count: u64) -> String {
@@ -106,6 +127,21 @@ pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| format!("at most {} s", limit.as_secs()))
 }
 
+/// Parses the time between two looks: as [`parse_duration`], but not so short
+/// that looking is all that is done.
+///
+/// # Errors
+/// A sentence that says what would be understood.
+pub(super) fn interval(text: &str) -> Result<Duration, String> {
+    const SHORTEST: Duration = Duration::from_millis(100);
+    parse_duration(text).and_then(|every| {
+        if every < SHORTEST {
+            return Err("at least 100ms".to_owned());
+        }
+        Ok(every)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -153,6 +189,33 @@ mod tests {
         for text in ["", "s", "-1s", "1m", "1 s", "inf", "1e3s", "1.2.3"] {
             assert!(ms(text).unwrap_err().starts_with("a time is"), "{text}");
         }
+    }
+
+    #[test]
+    fn rates_are_as_exact_as_they_are_worth() {
+        let shown = [0.0, 0.001, 0.1, 3.0, 12.34, 99.96, 999.4, 1_234.5, 2e6].map(rate);
+        assert_eq!(
+            shown,
+            [
+                "0",
+                "<0.01",
+                "0.10",
+                "3.00",
+                "12.3",
+                "100",
+                "999",
+                "1,235",
+                "2,000,000"
+            ]
+        );
+    }
+
+    #[test]
+    fn looking_all_the_time_is_refused() {
+        assert_eq!(interval("0.1"), Ok(Duration::from_millis(100)));
+        assert_eq!(interval("99ms"), Err("at least 100ms".to_owned()));
+        assert_eq!(interval("61"), Err("at most 60 s".to_owned()));
+        assert!(interval("soon").unwrap_err().starts_with("a time is"));
     }
 
     #[test]

@@ -3,21 +3,32 @@
 //! The binary only calls [`run`], so that tests can too.
 
 mod args;
+mod dot;
 mod format;
+mod graph;
+#[cfg(test)]
+mod graph_tests;
+mod page;
 mod render;
 #[cfg(test)]
+mod sample;
+#[cfg(test)]
 mod tests;
+mod watch;
 
 use std::io::{self, Write};
+use std::path::Path;
 use std::time::Duration;
 
 use serde::Serialize;
 
-pub use args::{Args, Command};
+pub use args::{Args, Command, GraphArgs, ObserveArgs, Switch};
+pub use watch::Screen;
 
 use crate::api::{
-    self, EdgeRequest, ErrorBody, ErrorInfo, ExplainRequest, Explanation, Health, PatchReport,
-    PatchRequest, Ps, RevertReport, Status, UnquarantineReport,
+    self, EdgeRequest, ErrorBody, ErrorInfo, ExplainRequest, Explanation, Graph, Health, History,
+    ObserveReport, ObserveRequest, PatchReport, PatchRequest, Ps, RevertReport, Status,
+    UnquarantineReport,
 };
 use crate::client::{Client, ClientError};
 
@@ -48,39 +59,71 @@ impl From<Exit> for std::process::ExitCode {
 }
 
 /// What a command answers, for people and for programs.
+#[derive(Default)]
 struct Output {
     text: String,
     json: serde_json::Value,
+    /// What could not be done, although the rest was: then the exit code is
+    /// [`Exit::Refused`].
+    failures: Vec<ErrorInfo>,
 }
 
 impl Output {
     fn new<T: Serialize>(value: &T, text: String) -> Result<Self, ClientError> {
-        let json = serde_json::to_value(value).map_err(|error| {
-            ClientError::Answer(Box::new(ErrorBody {
-                error: ErrorInfo {
-                    code: "internal".to_owned(),
-                    message: format!("the answer does not serialise: {error}"),
-                    hint: None,
-                },
-                report: None,
-            }))
-        })?;
-        Ok(Self { text, json })
+        let json = serde_json::to_value(value).map_err(|error| unserialised(&error))?;
+        Ok(Self {
+            text,
+            json,
+            failures: Vec::new(),
+        })
+    }
+
+    fn exit(&self) -> Exit {
+        if self.failures.is_empty() {
+            Exit::Done
+        } else {
+            Exit::Refused
+        }
     }
 }
 
 /// Runs one command, writes its answer to `out` and what is wrong to `err`
-/// (with `--json` both go to `out`).
-pub async fn run(args: &Args, out: &mut impl Write, err: &mut impl Write) -> Exit {
+/// (with `--json` both go to `out`). `screen` says what `out` is.
+pub async fn run(
+    args: &Args,
+    screen: impl Fn() -> Screen,
+    out: &mut impl Write,
+    err: &mut impl Write,
+) -> Exit {
+    if let Some(error) = args.conflict() {
+        let _ = write!(err, "{}", error.render());
+        return Exit::Usage;
+    }
+    let client = Client::new(&args.socket);
+    let answer = match &args.command {
+        Command::Graph(GraphArgs {
+            watch: Some(every),
+            sites,
+            ..
+        }) => {
+            let watched = watch::watch(&client, *sites, *every, screen, out).await;
+            watched.map(|()| Output::default())
+        }
+        _ => ask(&client, args).await,
+    };
     // A reader that has gone (`| head`) is no failure of the command's.
-    match ask(args).await {
+    match answer {
         Ok(output) if args.json => {
             let _ = writeln!(out, "{}", output.json);
-            Exit::Done
+            output.exit()
         }
         Ok(output) => {
             let _ = out.write_all(output.text.as_bytes());
-            Exit::Done
+            let _ = out.flush();
+            for failure in &output.failures {
+                let _ = err.write_all(render::error(failure).as_bytes());
+            }
+            output.exit()
         }
         Err(error) => {
             let exit = match error {
@@ -98,8 +141,7 @@ pub async fn run(args: &Args, out: &mut impl Write, err: &mut impl Write) -> Exi
     }
 }
 
-async fn ask(args: &Args) -> Result<Output, ClientError> {
-    let client = Client::new(&args.socket);
+async fn ask(client: &Client, args: &Args) -> Result<Output, ClientError> {
     match &args.command {
         Command::Ps => {
             let ps: Ps = client.get(api::PS, READ_LIMIT).await?;
@@ -164,7 +206,65 @@ async fn ask(args: &Args) -> Result<Output, ClientError> {
                 client.post(api::UNQUARANTINE, &request, READ_LIMIT).await?;
             Output::new(&report, render::unquarantined(&report))
         }
+        Command::Observe(observe) => {
+            let request = ObserveRequest::from(observe);
+            let report: ObserveReport = client.post(api::OBSERVE, &request, WRITE_LIMIT).await?;
+            let output = Output::new(&report, graph::observed(&report))?;
+            Ok(Output {
+                failures: graph::failures(&report),
+                ..output
+            })
+        }
+        Command::Graph(form) => show(client, form).await,
     }
+}
+
+/// The graph, once.
+async fn show(client: &Client, form: &GraphArgs) -> Result<Output, ClientError> {
+    let now: Graph = client.get(api::GRAPH, READ_LIMIT).await?;
+    if let Some(file) = &form.html {
+        let history: History = client.get(api::HISTORY, READ_LIMIT).await?;
+        let page = page::page(&now, &history).map_err(|error| unserialised(&error))?;
+        return Ok(written(file, page::write(file, &page), history.steps.len()));
+    }
+    let text = if form.dot {
+        dot::dot(&now)
+    } else {
+        graph::graph(&now, form.sites)
+    };
+    Output::new(&now, text)
+}
+
+fn written(file: &Path, written: io::Result<()>, steps: usize) -> Output {
+    let file = format::clean(&file.display().to_string());
+    match written {
+        Ok(()) => Output {
+            text: format!(
+                "wrote {file}, with {} of history\n",
+                render::plural(steps, "step")
+            ),
+            ..Output::default()
+        },
+        Err(error) => Output {
+            failures: vec![ErrorInfo {
+                code: "not-written".to_owned(),
+                message: format!("can't write {file}: {error}"),
+                hint: None,
+            }],
+            ..Output::default()
+        },
+    }
+}
+
+fn unserialised(error: &serde_json::Error) -> ClientError {
+    ClientError::Answer(Box::new(ErrorBody {
+        error: ErrorInfo {
+            code: "internal".to_owned(),
+            message: format!("the answer does not serialise: {error}"),
+            hint: None,
+        },
+        report: None,
+    }))
 }
 
 fn error_body(error: ClientError, args: &Args) -> ErrorBody {

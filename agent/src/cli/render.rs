@@ -15,9 +15,9 @@ use crate::grafter::{CalleeState, Disturbed, GuardState, SignalsBack, SiteProof,
 
 /// How many digits of a build-id are shown.
 const BUILD_ID_DIGITS: usize = 12;
-const NOTHING: &str = "-";
+pub(super) const NOTHING: &str = "-";
 
-fn table<const N: usize>(header: [&str; N], rows: Vec<[String; N]>) -> String {
+pub(super) fn table<const N: usize>(header: [&str; N], rows: Vec<[String; N]>) -> String {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
     table.set_header(header);
@@ -31,17 +31,17 @@ fn table<const N: usize>(header: [&str; N], rows: Vec<[String; N]>) -> String {
         .collect()
 }
 
-fn notes(text: &mut String, notes: &[String]) {
+pub(super) fn notes(text: &mut String, notes: &[String]) {
     for note in notes {
         let _ = writeln!(text, "note: {}", clean(note));
     }
 }
 
-fn or_nothing(value: Option<impl ToString>) -> String {
+pub(super) fn or_nothing(value: Option<impl ToString>) -> String {
     value.map_or_else(|| NOTHING.to_owned(), |value| clean(&value.to_string()))
 }
 
-fn plural(number: usize, what: &str) -> String {
+pub(super) fn plural(number: usize, what: &str) -> String {
     if number == 1 {
         format!("1 {what}")
     } else {
@@ -399,7 +399,7 @@ fn proof(proof: &Proof) -> String {
     }
 }
 
-fn stops(stops: &[u64]) -> String {
+pub(super) fn stops(stops: &[u64]) -> String {
     let sum = stops.iter().fold(0_u64, |sum, ns| sum.saturating_add(*ns));
     format!("{} in {}", nanos(sum), stops.len())
 }

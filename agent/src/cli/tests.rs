@@ -15,7 +15,7 @@ async fn agentctl(server: &FakeServer, line: &str) -> (Exit, String, String) {
         .chain(line.split(' '));
     let args = Args::try_parse_from(args).unwrap();
     let (mut out, mut err) = (Vec::new(), Vec::new());
-    let exit = run(&args, &mut out, &mut err).await;
+    let exit = run(&args, || Screen::Paper, &mut out, &mut err).await;
     (
         exit,
         String::from_utf8(out).unwrap(),
