@@ -255,6 +255,7 @@ fn an_agent_that_dies_and_a_redeployed_function_are_caught_up_with() -> Result<(
 fn what_cannot_be_observed_is_told() -> Result<()> {
     let node = Node::start(foo_bar_baz(1))?;
     let agent = Agent::start()?;
+    let before = Code::of(node.workers("Foo")?[0].host_pid)?;
     let engine = node.engine_pid();
     let request = json!({"on": true, "functions": ["Fooo"], "engine": engine});
     let (code, body) = agent.post("/v1/observe", &request)?;
@@ -271,5 +272,107 @@ fn what_cannot_be_observed_is_told() -> Result<()> {
     let now = graph(&agent, &node)?;
     let observed = |name: &str| of_node(&now, name).map(|node| node["observed"].clone());
     ensure!(observed("Foo") == Some(json!(0)), "{now}");
+    before.unchanged()?;
+    node.stop()
+}
+
+/// The engine's plan: its decisions by path.
+fn plan(agent: &Agent, node: &Node) -> Result<Vec<Value>> {
+    let report = agent.ctl(&["plan", "--json"])?.json()?;
+    let plans = report["plans"].as_array().context("plans")?;
+    let mut plans = plans
+        .iter()
+        .filter(|plan| plan["engine"] == node.engine_pid());
+    let plan = plans.next().with_context(|| format!("no plan: {report}"))?;
+    Ok(plan["decisions"].as_array().context("decisions")?.clone())
+}
+
+fn decision(decisions: &[Value], path: &[&str]) -> Result<Value> {
+    let found = decisions.iter().find(|d| d["path"] == json!(path));
+    found
+        .cloned()
+        .with_context(|| format!("{path:?} is not decided: {decisions:?}"))
+}
+
+#[test]
+fn a_plan_has_the_figures_and_what_is_forbidden() -> Result<()> {
+    let node = Node::start(foo_bar_baz(1))?;
+    let config = tempfile::tempdir()?;
+    let file = config.path().join("agent.toml");
+    std::fs::write(
+        &file,
+        "[[edge]]\ncaller = \"Bar\"\ncallee = \"Baz\"\nfuse = \"never\"\n",
+    )?;
+    let agent = Agent::start_with(|command| {
+        command.arg("--config").arg(&file);
+    })?;
+    observe(&agent, &node, true, &[])?;
+    let load = Load::start(&LoadSpec::foo(node.http_port(), 2))?;
+    ask(&node, "Foo", "nested call");
+    std::thread::sleep(Duration::from_secs(2));
+    let decided = plan(&agent, &node)?;
+    let foo_bar = decision(&decided, &["Foo", "Bar"])?;
+    ensure!(
+        foo_bar["verdict"] == "fuse" && foo_bar["fused"] == false,
+        "{foo_bar}"
+    );
+    let number = |field: &str| foo_bar[field].as_f64().unwrap_or(0.0);
+    // One call for each request of the load, of which there are some hundreds.
+    ensure!(number("calls_per_s") > 20.0, "{foo_bar}");
+    let overhead = number("saved_per_s") / number("calls_per_s");
+    ensure!(
+        (1e-6..10e-3).contains(&overhead),
+        "{overhead} s a call: {foo_bar}"
+    );
+    ensure!(number("memory") > 10_000.0, "{foo_bar}");
+    let never = decision(&decided, &["Bar", "Baz"])?;
+    ensure!(never["verdict"] == "not-possible", "{never}");
+    ensure!(
+        never["reason"].as_str().unwrap_or("").contains("never"),
+        "{never}"
+    );
+
+    // Fused, it is worth keeping; what it costs here has been measured.
+    agent.patch(&node, "Foo", "Bar")?;
+    std::thread::sleep(Duration::from_secs(2));
+    let kept = decision(&plan(&agent, &node)?, &["Foo", "Bar"])?;
+    ensure!(kept["verdict"] == "keep" && kept["fused"] == true, "{kept}");
+    let costs = agent.get("/v1/plan")?["costs"].clone();
+    ensure!(
+        costs["patches"] == 1 && costs["stop_s"].as_f64() > Some(0.0),
+        "{costs}"
+    );
+    let report = load.stop();
+    ensure!(report.failed + report.wrong == 0, "{report:?}");
+    node.stop()
+}
+
+#[test]
+fn agentctl_shows_the_graph_and_begins_and_ends_observing() -> Result<()> {
+    let node = Node::start(foo_bar_baz(1))?;
+    let agent = Agent::start()?;
+    let engine = node.engine_pid().to_string();
+    let on = agent.ctl(&["observe", "on", "Foo", "Bar", "--engine", &engine])?;
+    ensure!(on.code == 0 && on.stdout.contains("observed"), "{on:?}");
+    ask(&node, "Foo", "hello");
+    let shown = agent.ctl(&["graph", "--sites"])?;
+    ensure!(shown.stdout.contains("Foo → Bar"), "{shown:?}");
+    ensure!(shown.stdout.contains(".so+0x"), "{shown:?}");
+    let dot = agent.ctl(&["graph", "--dot"])?;
+    ensure!(dot.stdout.contains("digraph nightgraft {"), "{dot:?}");
+    let dir = tempfile::tempdir()?;
+    let page = dir.path().join("graph.html");
+    let html = agent.ctl(&["graph", "--html", page.to_str().context("UTF-8")?])?;
+    ensure!(html.code == 0, "{html:?}");
+    ensure!(
+        std::fs::read_to_string(&page)?.contains("libfoo"),
+        "no data in the page"
+    );
+    let wrong = agent.ctl(&["graph", "--dot", "--json"])?;
+    ensure!(wrong.code == 2, "{wrong:?}");
+    let off = agent.ctl(&["observe", "off", "--engine", &engine])?;
+    ensure!(off.code == 0 && off.stdout.contains("restored"), "{off:?}");
+    let status = agent.ctl(&["ps"])?;
+    ensure!(status.code == 0, "{status:?}");
     node.stop()
 }

@@ -114,6 +114,13 @@ pub enum Command {
     /// Show what the observed functions call: how often, and how long it takes
     #[command(after_help = EXIT_CODES)]
     Graph(GraphArgs),
+    /// Show what is worth fusing, with the figures behind it, and change nothing
+    ///
+    /// By the calls of the last seconds: what would be saved (RPC overhead), what
+    /// it would cost (on this node, and in memory), and what the configuration,
+    /// the patcher and effects forbid. Only what is observed can be planned for.
+    #[command(after_help = EXIT_CODES)]
+    Plan,
     /// Show how the agent is, and what it lacks
     #[command(after_help = EXIT_CODES)]
     Health,

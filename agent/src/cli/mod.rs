@@ -9,6 +9,7 @@ mod graph;
 #[cfg(test)]
 mod graph_tests;
 mod page;
+mod plan;
 mod render;
 #[cfg(test)]
 mod sample;
@@ -27,7 +28,7 @@ pub use watch::Screen;
 
 use crate::api::{
     self, EdgeRequest, ErrorBody, ErrorInfo, ExplainRequest, Explanation, Graph, Health, History,
-    ObserveReport, ObserveRequest, PatchReport, PatchRequest, Ps, RevertReport, Status,
+    ObserveReport, ObserveRequest, PatchReport, PatchRequest, PlanReport, Ps, RevertReport, Status,
     UnquarantineReport,
 };
 use crate::client::{Client, ClientError};
@@ -216,6 +217,10 @@ async fn ask(client: &Client, args: &Args) -> Result<Output, ClientError> {
             })
         }
         Command::Graph(form) => show(client, form).await,
+        Command::Plan => {
+            let report: PlanReport = client.get(api::PLAN, READ_LIMIT).await?;
+            Output::new(&report, plan::plan(&report))
+        }
     }
 }
 
