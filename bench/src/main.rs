@@ -1,6 +1,7 @@
 //! What a fused call costs, beside the RPC that it replaces and beside the
 //! same two functions compiled into one library; how long workers stand still
-//! for it; and what the analysis of libraries costs.
+//! for it; what it costs them to be observed; and what the analysis of libraries
+//! costs.
 //!
 //! What is compared is measured in turn, round by round, in workers on one
 //! processor: a machine that slows down slows both. Medians of the rounds are
@@ -8,6 +9,7 @@
 
 mod analysis;
 mod calls;
+mod observing;
 mod statistics;
 mod stops;
 
@@ -42,10 +44,13 @@ fn main() -> Result<()> {
     calls::print(&calls);
     let stops = stops::measure(if arguments.quick { 8 } else { 30 })?;
     stops::print(&stops);
+    let observing = observing::measure(rounds)?;
+    observing::print(&observing);
     let analysis = analysis::measure(if arguments.quick { 3 } else { 11 })?;
     analysis::print(&analysis);
     if arguments.json {
-        let all = serde_json::json!({ "calls": calls, "stops": stops, "analysis": analysis });
+        let all = serde_json::json!({ "calls": calls, "stops": stops, "observing": observing,
+            "analysis": analysis });
         println!("{all}");
     }
     Ok(())
