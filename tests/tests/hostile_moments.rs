@@ -367,9 +367,12 @@ fn with_number(pid: i32) -> Result<std::process::Child> {
             .stdin(Stdio::null())
             .spawn()?;
         if child.id().cast_signed() == pid {
-            until("it runs", || {
+            // Before it sleeps it maps what it needs.
+            let sleeping = format!("{} ", libc::SYS_clock_nanosleep);
+            until("it sleeps", || {
                 fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|c| c == "sleep\n")
-                    && Code::of(pid).is_ok()
+                    && fs::read_to_string(format!("/proc/{pid}/syscall"))
+                        .is_ok_and(|call| call.starts_with(&sleeping))
             });
             return Ok(child);
         }

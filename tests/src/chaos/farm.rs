@@ -149,8 +149,27 @@ impl Farm {
         match act {
             Act::Patch => agent.patch_unwatched(&self.node, function, "Bar"),
             Act::Revert => agent.try_revert(&self.node, function, "Bar"),
+            Act::Observe => self.observe(agent, function, true),
+            Act::Leave => self.observe(agent, function, false),
             Act::Start => Ok((200, serde_json::Value::Null)),
         }
+    }
+
+    /// What fails in a worker is no failure of the request: here it is.
+    fn observe(&self, agent: &Agent, function: &str, on: bool) -> Result<(u16, serde_json::Value)> {
+        let engine = self.node.engine_pid();
+        let request = serde_json::json!({"on": on, "functions": [function], "engine": engine});
+        let (code, body) = agent.post("/v1/observe", &request)?;
+        let workers = body["workers"].as_array().map_or(&[][..], Vec::as_slice);
+        let failed = workers.iter().find(|w| w["outcome"]["outcome"] == "failed");
+        Ok(match failed {
+            // As an error of the request's own.
+            Some(worker) => (
+                409,
+                serde_json::json!({"error": worker["outcome"]["error"]}),
+            ),
+            None => (code, body),
+        })
     }
 
     /// Has an agent with a point armed do something. Gives what it answered, if

@@ -172,7 +172,7 @@ impl Chaos<'_> {
     /// Brings a function to where the scenario begins, and a load on it.
     fn set(&mut self, scenario: &Scenario) -> Result<Stage> {
         let function = match scenario.state {
-            State::Fresh => self.farm.fresh()?,
+            State::Fresh | State::Observed => self.farm.fresh()?,
             State::Reverted | State::Fused => Farm::worn(),
         };
         self.set_for(scenario, &function, &function)
@@ -180,11 +180,16 @@ impl Chaos<'_> {
 
     fn set_for(&mut self, scenario: &Scenario, function: &str, loaded: &str) -> Result<Stage> {
         let state = self.farm.state(scenario.journal)?;
-        if scenario.state != State::Fresh {
+        let before: &[Act] = match scenario.state {
+            State::Fresh => &[],
+            State::Reverted => &[Act::Patch, Act::Revert],
+            State::Fused => &[Act::Patch],
+            State::Observed => &[Act::Observe],
+        };
+        if !before.is_empty() {
             let agent = Agent::start_in(&state)?;
-            self.farm.ask(&agent, Act::Patch, function)?;
-            if scenario.state == State::Reverted {
-                self.farm.ask(&agent, Act::Revert, function)?;
+            for act in before {
+                self.farm.ask(&agent, *act, function)?;
             }
         }
         let workers = self.farm.workers(function)?;
@@ -273,6 +278,14 @@ impl Chaos<'_> {
             self.farm.workers(function)? == workers,
             "the workers are not those of before"
         );
+        if scenario.act == Act::Observe {
+            // It was asked for before the agent died: the heir sees to it at once.
+            let deadline = Instant::now() + DYING;
+            while !observed(&heir, workers)? {
+                ensure!(Instant::now() < deadline, "the worker is not observed");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
         for worker in workers {
             let held = check::held_threads(worker)?;
             if !held.is_empty() {
@@ -293,6 +306,11 @@ impl Chaos<'_> {
         };
         self.farm.ask(&heir, act, function)?;
         as_asked_for(&heir, self.farm.node(), function, act, workers)?;
+        if scenario.act == Act::Observe {
+            // Else every heir to come would see to it.
+            self.farm.ask(&heir, Act::Leave, function)?;
+            as_asked_for(&heir, self.farm.node(), function, Act::Leave, workers)?;
+        }
         for (worker, before) in workers.iter().zip(sizes) {
             self.grown(worker, before, &heir)?;
         }
@@ -351,9 +369,11 @@ fn said_gone(code: u16, body: &Value) -> Result<()> {
         .or_else(|| body["report"]["workers"].as_array());
     let gone = outcomes.is_some_and(|all| {
         all.iter().all(|worker| {
-            ["gone", "fused", "restored", "gate-off", "nothing"]
-                .iter()
-                .any(|outcome| worker["outcome"]["outcome"] == *outcome)
+            [
+                "gone", "fused", "restored", "gate-off", "nothing", "observed", "already", "off",
+            ]
+            .iter()
+            .any(|outcome| worker["outcome"]["outcome"] == *outcome)
         })
     });
     let refused = ["worker-gone", "no-workers", "canary-failed", "quarantined"]
@@ -370,6 +390,18 @@ fn left(health: &Value, pid: i32) -> Option<String> {
     (worker["verdict"] == "left").then(|| worker["notes"].to_string())
 }
 
+/// Whether the calls of all these workers are counted.
+fn observed(heir: &Agent, workers: &[WorkerInfo]) -> Result<bool> {
+    let ps = heir.get("/v1/ps")?;
+    let functions = ps["functions"].as_array().map_or(&[][..], Vec::as_slice);
+    let all = functions
+        .iter()
+        .flat_map(|f| f["workers"].as_array().into_iter().flatten());
+    let pids: Vec<i64> = workers.iter().map(|w| i64::from(w.host_pid)).collect();
+    let mut ours = all.filter(|w| w["pid"].as_i64().is_some_and(|pid| pids.contains(&pid)));
+    Ok(ours.all(|w| w["observed"] == true))
+}
+
 fn as_asked_for(
     heir: &Agent,
     node: &crate::Node,
@@ -377,6 +409,11 @@ fn as_asked_for(
     act: Act,
     workers: &[WorkerInfo],
 ) -> Result<()> {
+    if let Act::Observe | Act::Leave = act {
+        let on = act == Act::Observe;
+        ensure!(observed(heir, workers)? == on, "observed is not {on}");
+        return Ok(());
+    }
     let status = heir.edge_status(node, function, "Bar")?;
     let all = status["workers"].as_array().cloned().unwrap_or_default();
     let fused = act == Act::Patch;

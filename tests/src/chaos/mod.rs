@@ -198,6 +198,14 @@ pub fn run(options: &Options, say: &dyn Fn(&str)) -> Result<Report> {
     for (index, point) in &todo {
         chaos.kill_agent(&scenarios[*index], point, 1);
     }
+    for (index, scenario) in scenarios.iter().enumerate() {
+        let points = passed[index]
+            .keys()
+            .filter(|_| scenario.is_looked_at_whole());
+        for point in points.filter(|point| scenario::concerns_a_worker(point)) {
+            chaos.kill_agent(scenario, point, 1);
+        }
+    }
     say(&format!("every point once: {:.0?}", begun.elapsed()));
     for (index, point) in &todo {
         if scenarios[*index].is_plain() && scenario::concerns_a_worker(point) {

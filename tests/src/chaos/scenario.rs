@@ -7,6 +7,10 @@ pub enum Act {
     Patch,
     /// `revert`.
     Revert,
+    /// `observe on`.
+    Observe,
+    /// `observe off`.
+    Leave,
     /// To start, and nothing else.
     Start,
 }
@@ -20,6 +24,8 @@ pub enum State {
     Reverted,
     /// One that is fused.
     Fused,
+    /// One that is observed.
+    Observed,
 }
 
 /// What the journal's directory is like before.
@@ -131,6 +137,23 @@ impl Scenario {
                 )
             },
             Scenario {
+                name: "a first observing",
+                act: Act::Observe,
+                ..PATCH
+            },
+            Scenario {
+                name: "an end of observing",
+                state: State::Observed,
+                act: Act::Leave,
+                ..PATCH
+            },
+            Scenario {
+                name: "observing a function that is fused",
+                state: State::Fused,
+                act: Act::Observe,
+                ..PATCH
+            },
+            Scenario {
                 name: "a first start",
                 journal: Journal::New,
                 ..RECOVERY
@@ -146,6 +169,14 @@ impl Scenario {
                 ..RECOVERY
             },
         ]
+    }
+
+    /// Whether an agent is ended at each point that it passes, although others
+    /// pass them as well: what is done there is another thing.
+    #[must_use]
+    pub fn is_looked_at_whole(&self) -> bool {
+        // Where it is fused the windows are in place already, mostly.
+        matches!(self.act, Act::Observe | Act::Leave) && self.state != State::Fused
     }
 
     /// Whether one agent does one thing to one worker, so that the worker may
