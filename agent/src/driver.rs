@@ -41,8 +41,8 @@ enum Job {
     Patch(PatchRequest, Reply<PatchReport>),
     Revert(EdgeRequest, Reply<RevertReport>),
     Observe(ObserveRequest, Reply<ObserveReport>),
-    /// Observes what is to be observed and is not.
-    CatchUp(Reply<ObserveReport>),
+    /// Observes workers that are to be observed and are not; nobody waits for it.
+    CatchUp(Vec<(i32, u64)>),
 }
 
 impl Job {
@@ -50,7 +50,8 @@ impl Job {
         match self {
             Job::Patch(_, reply) => reply.is_closed(),
             Job::Revert(_, reply) => reply.is_closed(),
-            Job::Observe(_, reply) | Job::CatchUp(reply) => reply.is_closed(),
+            Job::Observe(_, reply) => reply.is_closed(),
+            Job::CatchUp(_) => false,
         }
     }
 }
@@ -131,25 +132,30 @@ fn run(
                 Job::Patch(request, reply) => {
                     let answer = scan_within(proc_root, SCAN_LIMIT)
                         .and_then(|node| guarded(|| ops::patch(&context, &node, &request)));
+                    observer.nudge();
                     let _ = reply.send(answer);
                 }
                 Job::Observe(request, reply) => {
                     let answer = scan_within(proc_root, SCAN_LIMIT)
                         .and_then(|node| guarded(|| ops::observe(&context, &node, &request)));
+                    observer.nudge();
                     let _ = reply.send(answer);
                 }
-                Job::CatchUp(reply) => {
-                    let answer = scan_within(proc_root, SCAN_LIMIT)
-                        .and_then(|node| guarded(|| Ok(ops::catch_up(&context, &node))));
-                    let _ = reply.send(answer);
+                Job::CatchUp(missing) => {
+                    let done = scan_within(proc_root, SCAN_LIMIT)
+                        .and_then(|node| guarded(|| Ok(ops::catch_up(&context, &node, &missing))));
+                    if let Err(error) = done {
+                        tracing::warn!(%error, "new workers are not observed for the moment");
+                    }
+                    observer.caught_up();
                 }
                 Job::Revert(request, reply) => {
                     let answer = scan_within(proc_root, SCAN_LIMIT)
                         .and_then(|node| guarded(|| ops::revert(&context, &node, &request)));
+                    observer.nudge();
                     let _ = reply.send(answer);
                 }
             }
-            observer.nudge();
         }
         waiting.fetch_sub(1, Ordering::Relaxed);
     }
@@ -234,17 +240,16 @@ pub struct WeakDriver {
 }
 
 impl WeakDriver {
-    /// Has observed what is to be observed and is not, and waits for it; `None`
-    /// where that could not even be tried. Not to be called on an async thread.
+    /// Asks for workers to be observed that are to be and are not; whether that could
+    /// be asked for. Waits for nothing.
     #[must_use]
-    pub fn catch_up(&self) -> Option<ObserveReport> {
-        let (reply, answer) = oneshot::channel();
-        let handle = DriverHandle {
-            queue: self.queue.upgrade()?,
-            waiting: Arc::clone(&self.waiting),
+    pub fn catch_up(&self, missing: Vec<(i32, u64)>) -> bool {
+        let Some(queue) = self.queue.upgrade() else {
+            return false;
         };
-        handle.submit(Job::CatchUp(reply)).ok()?;
-        drop(handle);
-        answer.blocking_recv().ok()?.ok()
+        let waiting = Arc::clone(&self.waiting);
+        DriverHandle { queue, waiting }
+            .submit(Job::CatchUp(missing))
+            .is_ok()
     }
 }

@@ -110,12 +110,12 @@ fn holder_text(holder: &Option<i32>) -> String {
 
 /// The counters of one worker.
 pub trait Counting: Send + fmt::Debug {
-    /// Reads them. Of a worker that has ended this works once more, if its
-    /// memory is held.
+    /// Reads them; `None` where nothing of ours is there any more. Of a worker that
+    /// has ended this works once more, if its memory is held.
     ///
     /// # Errors
     /// They cannot be read (any more).
-    fn read(&mut self) -> Result<Reading, GraftError>;
+    fn read(&mut self) -> Result<Option<Reading>, GraftError>;
 }
 
 /// Fuses, un-fuses, observes and reads workers.
@@ -225,6 +225,14 @@ pub trait Grafter: Send + Sync {
     /// # Errors
     /// [`GraftError::Claimed`] where another agent does not let go in time.
     fn claim(&self, _workers: &[Target]) -> Result<Claim, GraftError> {
+        Ok(Claim::default())
+    }
+
+    /// The same, without waiting for others: for what nobody has asked for.
+    ///
+    /// # Errors
+    /// [`GraftError::Claimed`] where another agent works in one of them.
+    fn claim_at_once(&self, _workers: &[Target]) -> Result<Claim, GraftError> {
         Ok(Claim::default())
     }
 

@@ -56,8 +56,6 @@ impl Live {
     fn keep(&self, worker: &Target, applied: Applied) -> PatchReceipt {
         if let Some(control) = applied.control {
             let mut controls = self.controls.lock().unwrap_or_else(PoisonError::into_inner);
-            // Those of the dead: nobody asks for them any more.
-            controls.retain(|&(pid, start_time), _| started(pid) == Some(start_time));
             controls.insert((worker.pid, worker.start_time), control);
         }
         applied.receipt
@@ -79,7 +77,7 @@ struct OfWorker {
 }
 
 impl Counting for OfWorker {
-    fn read(&mut self) -> Result<Reading, GraftError> {
+    fn read(&mut self) -> Result<Option<Reading>, GraftError> {
         let read = self.counters.read();
         read.map_err(|error| failed(error.into(), &[&self.of]))
     }
@@ -189,6 +187,9 @@ impl Grafter for Live {
     }
 
     fn tidy(&self) {
+        let mut controls = self.controls.lock().unwrap_or_else(PoisonError::into_inner);
+        controls.retain(|&(pid, start_time), _| started(pid) == Some(start_time));
+        drop(controls);
         self.analyses.tidy();
     }
 
@@ -210,6 +211,10 @@ impl Grafter for Live {
 
     fn claim(&self, workers: &[Target]) -> Result<Claim, GraftError> {
         claim::claim(workers, CLAIM_PATIENCE)
+    }
+
+    fn claim_at_once(&self, workers: &[Target]) -> Result<Claim, GraftError> {
+        claim::claim(workers, Duration::ZERO)
     }
 
     fn recover(

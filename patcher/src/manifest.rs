@@ -45,7 +45,8 @@ pub struct Region {
 pub struct BridgeAddresses {
     /// `ng_enter`.
     pub enter: u64,
-    /// `ng_called`.
+    /// `ng_called`; in records of bridges before version 5 `ng_hook`.
+    #[serde(alias = "hook")]
     pub called: u64,
     /// `ng_routine`.
     pub routine: u64,
@@ -69,6 +70,9 @@ pub struct WindowRecord {
     /// It is the entry of the worker's own `invoke_func`, in its executable.
     #[serde(default)]
     pub routine: bool,
+    /// The routine's entry, for the counting of calls alone: no edge asked for it.
+    #[serde(default)]
+    pub for_observing: bool,
     /// A site that was seen at run time: any name can pass it.
     #[serde(default)]
     pub dynamic: bool,
@@ -126,13 +130,15 @@ impl WindowRecord {
     /// Whether it serves calls of every callee: it goes with the last one.
     #[must_use]
     pub fn serves_all(&self) -> bool {
-        self.entry || self.routine || self.dynamic
+        self.entry || self.routine && !self.for_observing || self.dynamic
     }
 
-    /// Whether calls of `callee` pass it.
+    /// Whether calls of `callee` need it, or the counting of calls if that is
+    /// [`OBSERVING`].
     #[must_use]
     pub fn passed_by(&self, callee: &str) -> bool {
-        self.routine || self.dynamic || self.names.iter().any(|n| n == callee)
+        let routine = self.routine && (!self.for_observing || callee == OBSERVING);
+        routine || self.dynamic || self.names.iter().any(|n| n == callee)
     }
 
     /// First address behind the window.
@@ -472,9 +478,6 @@ fn read_record(
     memory: &dyn Memory,
 ) -> Result<Area, SnapshotError> {
     let strange = |what: &str| Ok(Area::Strange(what.to_owned()));
-    if area.end.saturating_sub(area.start) < size_of::<Control>() as u64 {
-        return strange("a control area of another size");
-    }
     let control = area.start;
     let mut head = [0_u8; 16];
     memory.read(control, &mut head)?;
@@ -486,6 +489,9 @@ fn read_record(
         return strange(&format!(
             "a bridge of version {version} (this agent's is {BRIDGE_VERSION})"
         ));
+    }
+    if area.end.saturating_sub(area.start) < size_of::<Control>() as u64 {
+        return strange("a control area of another size");
     }
     let slot = head[offset_of!(Control, manifest)];
     match slot {

@@ -150,7 +150,7 @@ pub(crate) fn place(
     address: u64,
     memory: &dyn Memory,
 ) -> Result<String, SnapshotError> {
-    let field = |offset: usize| memory.u64(graft.graft + offset as u64);
+    let field = |offset: usize| memory.u64(graft.graft.wrapping_add(offset as u64));
     let modules = field(offset_of!(Graft, modules))?;
     let count = field(offset_of!(Graft, module_count))?.min(MOST_MODULES);
     for index in 0..count {

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use code::Code;
 use common::{ask, foo_bar_baz};
+use nightgraft_testbed::fixtures::{self, Compiler};
 use nightgraft_testbed::load::{Load, LoadSpec};
-use nightgraft_testbed::{Agent, Node};
+use nightgraft_testbed::{Agent, FunctionSpec, Node, NodeSpec};
 use serde_json::{Value, json};
 
 /// How long something may take that happens within a second or two.
@@ -197,6 +198,7 @@ fn a_fused_edge_stays_when_observing_begins_and_ends() -> Result<()> {
     let agent = Agent::start()?;
     agent.patch(&node, "Foo", "Bar")?;
     agent.warm_up(&node, "Foo", "Bar")?;
+    let fused = Code::of(node.workers("Foo")?[0].host_pid)?;
     let load = Load::start(&LoadSpec::foo(node.http_port(), 2))?;
     for _ in 0..5 {
         let on = observe(&agent, &node, true, &["foo"])?;
@@ -210,9 +212,63 @@ fn a_fused_edge_stays_when_observing_begins_and_ends() -> Result<()> {
     }
     let report = load.stop();
     ensure!(report.failed + report.wrong == 0, "{report:?}");
+    fused.runs_the_same()?;
     let before = agent.fused_calls(&node, "Foo", "Bar")?;
     ask(&node, "Foo", "hello");
     ensure!(agent.fused_calls(&node, "Foo", "Bar")? == before + 1);
+    // Nor does the one take away what the other needs, whichever ends first.
+    observe(&agent, &node, true, &["Foo"])?;
+    agent.revert(&node, "Foo", "Bar")?;
+    let before = edge(&graph(&agent, &node)?, "Foo", "Bar")[0];
+    ask(&node, "Foo", "hello");
+    ensure!(edge(&graph(&agent, &node)?, "Foo", "Bar")[0] == before + 1);
+    node.stop()
+}
+
+/// Says whether a backtrace gets from here to where the program begins, and calls
+/// Bar, which does not matter.
+const TRACES: &str = r#"
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <execinfo.h>
+#include <string.h>
+#include "lifecycle.h"
+int faas_func_call(void *worker_handle, const char *input, size_t length) {
+    struct context *ctx = worker_handle;
+    void *frames[64];
+    const char *output = NULL;
+    size_t output_length = 0;
+    const char *answer = "cut off";
+    Dl_info info;
+    ctx->invoke(ctx->caller_context, "Bar", input, length, &output, &output_length);
+    int count = backtrace(frames, 64);
+    for (int i = 0; i < count; i++) {
+        if (dladdr(frames[i], &info) != 0 && info.dli_sname != NULL &&
+            strstr(info.dli_sname, "libc_start_main") != NULL) {
+            answer = "whole";
+        }
+    }
+    ctx->append(ctx->caller_context, answer, strlen(answer));
+    return 0;
+}
+"#;
+
+#[test]
+fn a_backtrace_passes_a_call_that_is_counted() -> Result<()> {
+    let traces = fixtures::compile_text("traces", TRACES, Compiler::Gcc, &["-O2"])?;
+    let bar = common::library("bar.c");
+    let node = Node::start(NodeSpec::new([
+        FunctionSpec::new("Traces", 1, traces),
+        FunctionSpec::new("Bar", 2, bar),
+    ]))?;
+    let agent = Agent::start()?;
+    ensure!(ask(&node, "Traces", "x") == "whole");
+    observe(&agent, &node, true, &["Traces"])?;
+    for _ in 0..3 {
+        let answer = ask(&node, "Traces", "x");
+        ensure!(answer == "whole", "{answer}");
+    }
+    ensure!(calls(&graph(&agent, &node)?, "Traces") == 3);
     node.stop()
 }
 
@@ -266,8 +322,6 @@ fn what_cannot_be_observed_is_told() -> Result<()> {
     let request = json!({"on": true, "function": ["Foo"]});
     let (code, body) = agent.post("/v1/observe", &request)?;
     ensure!(code == 400, "{body}");
-    let (code, body) = agent.post("/v1/graph", &json!({}))?;
-    ensure!(code == 404, "{body}");
     // Nothing was begun.
     let now = graph(&agent, &node)?;
     let observed = |name: &str| of_node(&now, name).map(|node| node["observed"].clone());

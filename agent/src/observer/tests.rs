@@ -3,7 +3,7 @@
 use super::*;
 use crate::discover::scan;
 use crate::grafter::Reading;
-use crate::testing::{FakeGrafter, FakeProc, living};
+use crate::testing::{FakeGrafter, FakeProc, FakeWorker, IDLE, graft, living};
 use nightgraft_patcher::observed::{RpcSeries, Series};
 
 fn counted(calls: u64) -> Reading {
@@ -92,4 +92,100 @@ fn what_is_counted_comes_into_the_history() {
         .map(|e| e.rpc_calls)
         .sum();
     assert_eq!(sum, 7, "{history:?}");
+}
+
+/// An agent of the tests', with an observer and a driver.
+struct Stage {
+    grafter: Arc<FakeGrafter>,
+    observer: Arc<Observer>,
+    driver: crate::driver::DriverHandle,
+    _proc: FakeProc,
+}
+
+impl Stage {
+    fn new(foo: impl Fn() -> FakeWorker) -> Self {
+        let proc = FakeProc::example();
+        let workers = [(11, foo()), (12, foo()), (21, living(&[]))];
+        let grafter = Arc::new(FakeGrafter::new(workers));
+        let observer: Arc<Observer> = Arc::default();
+        let (driver, _thread) = crate::driver::start(
+            grafter.clone(),
+            proc.root(),
+            Arc::default(),
+            Arc::default(),
+            observer.clone(),
+            None,
+        )
+        .unwrap();
+        let (root, weak) = (proc.root(), driver.weak());
+        observer.start(grafter.clone(), root, weak).unwrap();
+        Self {
+            grafter,
+            observer,
+            driver,
+            _proc: proc,
+        }
+    }
+
+    fn observe(&self, function: &str) -> api::ObserveReport {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        let request = api::ObserveRequest {
+            on: true,
+            functions: vec![function.to_owned()],
+            engine: None,
+        };
+        runtime.block_on(self.driver.observe(request)).unwrap()
+    }
+}
+
+#[test]
+fn after_a_worker_that_ended_of_it_no_other_is_observed() {
+    let stage = Stage::new(|| FakeWorker {
+        dies_after_moments: true,
+        moments: [IDLE].into(),
+        grafts: vec![graft("Bar", IDLE)],
+        ..living(&[])
+    });
+    let report = stage.observe("Foo");
+    assert_eq!(report.workers.len(), 2, "{report:?}");
+    std::thread::sleep(2 * TICK);
+    stage.observer.stop();
+    assert_eq!(stage.grafter.log(), ["observe 11"]);
+    let notes = stage.observer.due().notes(&stage.observer.wanted);
+    assert!(notes[0].contains("worker 11"), "{notes:?}");
+}
+
+#[test]
+fn counters_that_nobody_counts_in_any_more_are_opened_anew() {
+    let not_yet = || Reading {
+        observing: false,
+        ..counted(1)
+    };
+    let stage = Stage::new(|| FakeWorker {
+        reading: not_yet(),
+        ..living(&[])
+    });
+    // They are open by now, and the fake's stay as they are.
+    std::thread::sleep(TICK / 2);
+    stage.observe("Foo");
+    std::thread::sleep(3 * TICK);
+    stage.observer.stop();
+    // Nobody was asked again.
+    assert_eq!(stage.grafter.log(), ["observe 11", "observe 12"]);
+}
+
+#[test]
+fn a_worker_that_cannot_be_read_holds_up_neither_the_driver_nor_the_end() {
+    let stage = Stage::new(|| living(&[]));
+    // Whoever reads a worker waits here.
+    let hangs = stage.grafter.workers.lock().unwrap();
+    stage.observer.nudge();
+    std::thread::sleep(Duration::from_millis(200));
+    let since = Instant::now();
+    stage.observer.nudge();
+    stage.observer.stop();
+    assert!(since.elapsed() < Duration::from_secs(5));
+    drop(hangs);
 }

@@ -7,18 +7,22 @@
 //! What could not be done now, and workers that come later, are the observer's
 //! affair ([`crate::observer`]): it asks again.
 
+use std::cmp::Reverse;
 use std::time::Duration;
 
 use super::Context;
 use crate::api::{ObserveOutcome, ObserveReport, ObserveRequest, ObservedWorker, WorkerKind};
-use crate::discover::{Function, Node};
+use crate::discover::{Function, Node, Worker};
 use crate::error::{AgentError, graft_info};
 use crate::grafter::{GraftError, Target};
 use crate::observer::Rule;
 use crate::select;
 
-/// How long the first worker of a function is looked at before the others follow.
-const CANARY: Duration = Duration::from_millis(100);
+/// How long the first worker of a function is looked at before the others follow: to
+/// the first call that is counted, but no longer.
+const CANARY: Duration = Duration::from_millis(300);
+/// How often it is looked at.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// Has functions observed, or left alone.
 ///
@@ -48,38 +52,58 @@ pub fn observe(
         what: "what is to be observed".to_owned(),
         why: error.to_string(),
     })?;
-    Ok(carry_out(context, &functions, request.on))
+    for function in &functions {
+        context.observer.asked(&function.label(), function.engine);
+    }
+    Ok(carry_out(context, &functions, request.on, None))
 }
 
-/// The same for functions that are to be observed already: workers of theirs that
-/// are not yet.
+/// The same for workers (by pid and start time) of functions that are to be observed
+/// already.
 #[must_use]
-pub fn catch_up(context: &Context<'_>, node: &Node) -> ObserveReport {
-    let wanted = |f: &&Function| context.observer.wanted.wants(&f.label(), f.engine);
+pub fn catch_up(context: &Context<'_>, node: &Node, missing: &[(i32, u64)]) -> ObserveReport {
+    let wanted = |f: &&Function| {
+        let lacks = |w: &Worker| missing.contains(&(w.pid, w.start_time));
+        f.workers.iter().any(lacks) && context.observer.wanted.wants(&f.label(), f.engine)
+    };
     let functions: Vec<&Function> = node.functions.iter().filter(wanted).collect();
-    carry_out(context, &functions, true)
+    carry_out(context, &functions, true, Some(missing))
 }
 
-fn carry_out(context: &Context<'_>, functions: &[&Function], on: bool) -> ObserveReport {
+fn carry_out(
+    context: &Context<'_>,
+    functions: &[&Function],
+    on: bool,
+    only: Option<&[(i32, u64)]>,
+) -> ObserveReport {
     let mut report = ObserveReport {
         on,
         ..ObserveReport::default()
     };
     for function in functions {
         match select::native_workers(function) {
-            Ok(workers) => {
-                let targets: Vec<Target> = workers.into_iter().map(|(_, target)| target).collect();
-                let outcomes = of_function(context, &targets, on);
-                let with = |(target, (outcome, stops_ns)): (&Target, (_, _))| ObservedWorker {
-                    function: function.label(),
-                    engine: function.engine,
-                    pid: target.pid,
-                    outcome,
-                    stops_ns,
-                };
-                report
-                    .workers
-                    .extend(targets.iter().zip(outcomes).map(with));
+            Ok(mut workers) => {
+                // The busiest first: one that nobody calls proves nothing.
+                workers.sort_by_key(|(worker, _)| (Reverse(worker.cpu_ticks), worker.pid));
+                let targets = workers.into_iter().map(|(_, target)| target);
+                let meant = |t: &Target| only.is_none_or(|o| o.contains(&(t.pid, t.start_time)));
+                let targets: Vec<Target> = targets.filter(meant).collect();
+                let outcomes = of_function(context, function, &targets, on, only.is_none());
+                for (target, (outcome, stops_ns)) in targets.iter().zip(outcomes) {
+                    if let ObserveOutcome::Failed { error } = &outcome {
+                        let why = format!("worker {}: {}", target.pid, error.message);
+                        context
+                            .observer
+                            .failed(&function.label(), function.engine, &why);
+                    }
+                    report.workers.push(ObservedWorker {
+                        function: function.label(),
+                        engine: function.engine,
+                        pid: target.pid,
+                        outcome,
+                        stops_ns,
+                    });
+                }
             }
             Err(AgentError::NoWorkers { name }) => {
                 let later = match on {
@@ -98,12 +122,21 @@ fn carry_out(context: &Context<'_>, functions: &[&Function], on: bool) -> Observ
 
 type Outcome = (ObserveOutcome, Vec<u64>);
 
-fn of_function(context: &Context<'_>, targets: &[Target], on: bool) -> Vec<Outcome> {
+fn of_function(
+    context: &Context<'_>,
+    function: &Function,
+    targets: &[Target],
+    on: bool,
+    patient: bool,
+) -> Vec<Outcome> {
     let failed = |error: &GraftError| {
         let error = graft_info(error);
         (ObserveOutcome::Failed { error }, Vec::new())
     };
-    let claim = context.grafter.claim(targets);
+    let claim = match patient {
+        true => context.grafter.claim(targets),
+        false => context.grafter.claim_at_once(targets),
+    };
     if let Err(error) = &claim {
         return targets.iter().map(|_| failed(error)).collect();
     }
@@ -122,22 +155,57 @@ fn of_function(context: &Context<'_>, targets: &[Target], on: bool) -> Vec<Outco
                 failed(&error)
             }
         };
-        let first = on && !proven && outcome.0 == ObserveOutcome::Observed;
+        let begun = on && outcome.0 == ObserveOutcome::Observed;
         outcomes.push(outcome);
-        if first {
-            context.clock.sleep(CANARY);
-            if let Err(GraftError::WorkerGone { pid }) = context.grafter.status(target) {
-                let error = GraftError::Failed(format!(
-                    "worker {pid}, the first one that was observed, has exited at once: the others are left alone"
-                ));
-                tracing::error!(pid, "exited right after observing began");
-                outcomes.extend(targets[outcomes.len()..].iter().map(|_| failed(&error)));
-                break;
+        if begun {
+            let (grafter, observer) = (context.grafter, context.observer);
+            observer.began(grafter, target, &function.label(), function.engine);
+        }
+        if begun && !proven {
+            if lives_on(context, target) {
+                proven = true;
+                continue;
             }
-            proven = true;
+            let why = format!(
+                "worker {}, the first one that was observed, ended at once",
+                target.pid
+            );
+            context
+                .observer
+                .suspend(&function.label(), function.engine, &why);
+            let error = GraftError::Failed(format!("{why}: the others are left alone"));
+            outcomes.extend(targets[outcomes.len()..].iter().map(|_| failed(&error)));
+            break;
         }
     }
     outcomes
+}
+
+/// Whether the worker is still there when a call of it was counted, or none came.
+fn lives_on(context: &Context<'_>, target: &Target) -> bool {
+    let counted = || {
+        let mut counters = context.grafter.counters(target).ok()??;
+        let reading = counters.read().ok()??;
+        let own = reading.own.map_or(0, |own| own.returned);
+        Some(
+            own + reading
+                .rpcs
+                .iter()
+                .map(|rpc| rpc.calls.returned)
+                .sum::<u64>(),
+        )
+    };
+    let before = counted();
+    let deadline = context.clock.now() + CANARY;
+    loop {
+        context.clock.sleep(PAUSE);
+        if let Err(GraftError::WorkerGone { .. }) = context.grafter.status(target) {
+            return false;
+        }
+        if counted() > before || context.clock.now() >= deadline {
+            return true;
+        }
+    }
 }
 
 fn begin(context: &Context<'_>, target: &Target) -> Result<Outcome, GraftError> {

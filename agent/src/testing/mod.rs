@@ -261,8 +261,8 @@ fn reverted(pid: i32, nothing: bool) -> RevertReceipt {
 struct FakeCounters(Reading);
 
 impl Counting for FakeCounters {
-    fn read(&mut self) -> Result<Reading, GraftError> {
-        Ok(self.0.clone())
+    fn read(&mut self) -> Result<Option<Reading>, GraftError> {
+        Ok(Some(self.0.clone()))
     }
 }
 

@@ -387,7 +387,8 @@ pub struct Worker {
     pub imports: [u64; IMPORTS.len()],
     /// `.eh_frame` of the bridge itself, zero-terminated.
     pub eh_frame: u64,
-    /// 1 once `eh_frame` is registered; claimed by a compare-and-swap.
+    /// 2 once `eh_frame` is registered, 1 while a thread is at it; claimed by a
+    /// compare-and-swap.
     pub eh_frame_registered: AtomicU8,
     /// Padding.
     pub pad0: [u8; 7],

@@ -16,7 +16,10 @@ use core::arch::naked_asm;
 use core::cell::Cell;
 use core::ffi::c_int;
 use core::mem::offset_of;
-use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use core::sync::atomic::{
+    Ordering::{Relaxed, SeqCst},
+    compiler_fence,
+};
 
 use crate::abi::{Control, Graft, Routine, Worker};
 use crate::call::left_by_jump;
@@ -205,11 +208,19 @@ unsafe extern "C" fn rpc_begins(around: *const Around) -> u64 {
             false => 0,
         };
         let cells = &control(worker).cells;
-        let Some(cell) = cells.find(caller, frame.name, frame.return_address) else {
+        // A frame that nobody knows must not lie on the stack.
+        let cell = match unwind::register_own(worker) {
+            true => cells.find(caller, frame.name, frame.return_address),
+            false => None,
+        };
+        let Some(cell) = cell else {
             cells.unattributed.fetch_add(1, Relaxed);
             return 0;
         };
-        unwind::register_own(worker);
+        if frame.output_len != 0 {
+            // As the routine does first of all; what it may not do.
+            (frame.output_len as *mut u64).write(0);
+        }
         let calls = &cell.calls;
         calls.entered.fetch_add(1, Relaxed);
         calls.bytes_in.fetch_add(frame.input_len, Relaxed);
@@ -228,8 +239,7 @@ unsafe extern "C" fn rpc_ends(around: *const Around, result: c_int) {
         calls.returned.fetch_add(1, Relaxed);
         if result != 0 {
             calls.errors.fetch_add(1, Relaxed);
-        } else {
-            // The routine has stored to it.
+        } else if around.frame.output_len != 0 {
             let len = (around.frame.output_len as *const u64).read();
             calls.bytes_out.fetch_add(len, Relaxed);
         }
@@ -253,14 +263,14 @@ unsafe extern "C" fn call_begins(around: *const Around) -> u64 {
         if !outermost(worker, around.frame.return_address) {
             return 0;
         }
-        if !is_on(worker) {
+        if !is_on(worker) || !unwind::register_own(worker) {
             return 0;
         }
-        unwind::register_own(worker);
         let own = &control(worker).own;
-        add(&own.entered, 1);
+        // A forked child may be at it as well.
+        own.entered.fetch_add(1, Relaxed);
         // `faas_func_call(handle, input, input_length)`.
-        add(&own.bytes_in, around.frame.input);
+        own.bytes_in.fetch_add(around.frame.input, Relaxed);
         around.series.set(core::ptr::from_ref(own) as u64);
         around.started.set(start(worker));
     }
@@ -273,14 +283,14 @@ unsafe extern "C" fn call_ends(around: *const Around, result: c_int) {
         let around = &*around;
         let own = &*(around.series.get() as *const Series);
         let cycles = sys::cycles().wrapping_sub(around.started.get());
-        add(&own.returned, 1);
+        own.returned.fetch_add(1, Relaxed);
         if result != 0 {
-            add(&own.errors, 1);
+            own.errors.fetch_add(1, Relaxed);
         }
         if around.started.get() != 0 {
-            add(&own.samples, 1);
-            add(&own.sampled_cycles, cycles);
-            own.histogram.count_alone(cycles);
+            own.samples.fetch_add(1, Relaxed);
+            own.sampled_cycles.fetch_add(cycles, Relaxed);
+            own.histogram.count(cycles);
         }
     }
 }
@@ -301,8 +311,13 @@ pub(crate) unsafe fn outermost(worker: &Worker, from: u64) -> bool {
     {
         return false;
     }
-    // While calls are counted every entry comes by.
-    worker.dirty.set(u8::from(is_on(worker)));
+    worker.dirty.set(0);
+    compiler_fence(SeqCst);
+    // While calls are counted every entry comes by. Looked at after the store: the
+    // agent may stop this thread in between and set both.
+    if is_on(worker) {
+        worker.dirty.set(1);
+    }
     // SAFETY: the patcher wrote the addresses.
     unsafe {
         worker.arena.reset();
@@ -332,9 +347,4 @@ fn start(worker: &Worker) -> u64 {
         0 => sys::cycles(),
         _ => 0,
     }
-}
-
-/// One writer, the worker's thread: no locked instruction.
-fn add(counter: &AtomicU64, n: u64) {
-    counter.store(counter.load(Relaxed).wrapping_add(n), Relaxed);
 }

@@ -18,7 +18,7 @@
 //! and one for forced unwinding, functions of their own that run in its frame.
 
 use core::ffi::{c_int, c_void};
-use core::sync::atomic::Ordering::{AcqRel, Relaxed};
+use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
 use crate::abi::{Graft, Import, Module, Worker};
 use crate::{entry, imports, start};
@@ -175,29 +175,41 @@ pub(crate) unsafe fn register(graft: &Graft, worker: &Worker) {
     }
 }
 
-/// The same for our own alone, once.
+/// The same for our own alone, once: whether frames of ours are known. Not while
+/// another thread is at it.
 ///
 /// # Safety
 /// In ordinary code: the unwinder allocates.
 #[inline(always)]
-pub(crate) unsafe fn register_own(worker: &Worker) {
-    if worker.eh_frame_registered.load(Relaxed) == 0 {
+pub(crate) unsafe fn register_own(worker: &Worker) -> bool {
+    match worker.eh_frame_registered.load(Acquire) {
+        REGISTERED => true,
         // SAFETY: as the caller promises.
-        unsafe { claim_own(worker) };
+        _ => unsafe { claim_own(worker) },
     }
 }
 
+/// [`Worker::eh_frame_registered`]: a thread is at it.
+const REGISTERING: u8 = 1;
+/// [`Worker::eh_frame_registered`]: done, or there is no unwinder to know it.
+const REGISTERED: u8 = 2;
+
 #[cold]
 #[inline(never)]
-unsafe fn claim_own(worker: &Worker) {
-    if !worker.has(Import::RegisterFrame) {
-        return;
+unsafe fn claim_own(worker: &Worker) -> bool {
+    let state = &worker.eh_frame_registered;
+    if state
+        .compare_exchange(0, REGISTERING, AcqRel, Relaxed)
+        .is_err()
+    {
+        return state.load(Acquire) == REGISTERED;
     }
-    let claimed = (worker.eh_frame_registered).compare_exchange(0, 1, AcqRel, Relaxed);
-    if claimed.is_ok() {
+    if worker.has(Import::RegisterFrame) {
         // SAFETY: as for `register`.
         unsafe { table(worker, worker.eh_frame) };
     }
+    state.store(REGISTERED, Release);
+    true
 }
 
 /// Tables one after another, up to an empty one.

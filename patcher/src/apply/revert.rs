@@ -389,6 +389,22 @@ mod tests {
     }
 
     #[test]
+    fn a_window_for_counting_alone_goes_with_that() {
+        let addresses = |present: &Present, callee: &str| -> Vec<u64> {
+            windows(present, callee).iter().map(|w| w.address).collect()
+        };
+        let mut both = observed([true, true], [true; 3]);
+        both.manifest.windows[1].for_observing = true;
+        assert_eq!(addresses(&both, OBSERVING), [0x2000]);
+        assert_eq!(addresses(&both, "Bar"), [0x3000]);
+        // It was left there when counting ended.
+        both.observing = false;
+        assert_eq!(addresses(&both, "Bar"), [0x3000]);
+        both.gates[0] = false;
+        assert_eq!(addresses(&both, OBSERVING), [0x2000]);
+    }
+
+    #[test]
     fn bytes_of_others_matter_to_whom_the_window_is() {
         let mut both = observed([true, true], [true; 3]);
         both.live[1] = vec![0xcc, 2, 2, 2, 2];

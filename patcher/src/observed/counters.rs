@@ -83,20 +83,25 @@ impl Counters {
         }))
     }
 
-    /// Reads all of them. They go on changing meanwhile: each number is whole,
-    /// but one may be a call ahead of another.
+    /// Reads all of them; `None` where there is no record (any more) to read them
+    /// by. They go on changing meanwhile: each number is whole, but one may be a call
+    /// ahead of another.
     ///
     /// # Errors
     /// They cannot be read, as when the worker has ended and its memory with it.
-    pub fn read(&mut self) -> Result<Reading, SnapshotError> {
+    pub fn read(&mut self) -> Result<Option<Reading>, SnapshotError> {
         let area: &dyn Memory = match &self.source {
             Source::Shared(file) => &Area(file),
             Source::Worker(shifted) => shifted,
         };
         let known = refreshed(self.record.take(), self.pid, self.start_time, area)?;
-        let Some(known) = known else {
-            return Ok(Reading::default());
+        let Some((known, changed)) = known else {
+            return Ok(None);
         };
+        if changed {
+            // What had no name may have one now.
+            self.places.clear();
+        }
         let manifest = &known.manifest;
         let mut observing = [0];
         area.read(offset_of!(Control, observing) as u64, &mut observing)?;
@@ -119,7 +124,7 @@ impl Counters {
             fused: fused(area, manifest)?,
         };
         self.record = Some(known);
-        Ok(reading)
+        Ok(Some(reading))
     }
 }
 
@@ -128,24 +133,25 @@ fn refreshed(
     pid: i32,
     start_time: u64,
     area: &dyn Memory,
-) -> Result<Option<Known>, SnapshotError> {
-    let mut slot = [0];
-    area.read(offset_of!(Control, manifest) as u64, &mut slot)?;
-    let slot = slot[0];
-    if !(1..=2).contains(&slot) {
+) -> Result<Option<(Known, bool)>, SnapshotError> {
+    let mut head = [0; 16];
+    area.read(0, &mut head)?;
+    let slot = head[offset_of!(Control, manifest)];
+    if head[..8] != abi::MAGIC || !(1..=2).contains(&slot) {
         return Ok(None);
     }
     let mut sizes = [0; 8];
     area.read(manifest::slot_address(0, slot), &mut sizes)?;
     if let Some(known) = known.filter(|k| (k.slot, k.sizes) == (slot, sizes)) {
-        return Ok(Some(known));
+        return Ok(Some((known, false)));
     }
     let record = manifest::in_area(pid, start_time, area)?;
-    Ok(record.map(|manifest| Known {
+    let known = |manifest| Known {
         slot,
         sizes,
         manifest,
-    }))
+    };
+    Ok(record.map(|manifest| (known(manifest), true)))
 }
 
 fn rpcs(
@@ -297,10 +303,7 @@ impl Places<'_> {
             Some(graft) => self.in_image(address, graft),
             None => self.mapped(address),
         };
-        let Some(name) = found else {
-            // Perhaps it is known later.
-            return format!("{address:#x}");
-        };
+        let name = found.unwrap_or_else(|| format!("{address:#x}"));
         if self.known.len() == MOST_PLACES {
             self.known.clear();
         }

@@ -21,7 +21,7 @@ use super::led::Led;
 use super::{Access, Mapping, Part, PatchPlan, Store, Unfused, placement};
 use crate::code::{CodeMap, ImageAddress, Tail, Window};
 use crate::elf::hex;
-use crate::manifest::{Manifest, Region, WindowRecord};
+use crate::manifest::{Manifest, Present, Region, WindowRecord};
 use crate::refused::Refused;
 use crate::room;
 use crate::snapshot::{Map, Module};
@@ -69,7 +69,16 @@ pub(super) fn complete(
 
 /// Completes a plan that cannot do without the routine's window.
 pub(super) fn with_routine(input: &Input<'_>, plan: &mut PatchPlan) -> Result<(), Refused> {
-    complete_with(input, plan, true)
+    if !plan.manifest.windows.iter().any(|w| w.routine) {
+        let mut island = routine(input, plan)?;
+        for window in &mut island.windows {
+            window.for_observing = true;
+        }
+        plan.already = false;
+        add(plan, island);
+        plan.windows = in_order(std::mem::take(&mut plan.windows));
+    }
+    complete_with(input, plan, false)
 }
 
 /// The same, with the routine's window or as it is.
@@ -80,8 +89,14 @@ fn complete_with(
 ) -> Result<(), Refused> {
     let before = plan.manifest.windows.clone();
     if with_routine && !plan.has_routine() {
-        let island = routine(input, plan)?;
-        add(plan, island);
+        match plan.manifest.windows.iter().position(|w| w.routine) {
+            // It is there for the counting of calls.
+            Some(index) => take_over(input, plan, index),
+            None => {
+                let island = routine(input, plan)?;
+                add(plan, island);
+            }
+        }
     }
     if plan.has_routine() {
         plan.through_routine = std::mem::take(&mut plan.unfused);
@@ -105,6 +120,16 @@ fn complete_with(
     }
     (input.address_room).is_enough(plan.mapped_bytes(), plan.writable_bytes())?;
     room::fits(plan.resident_bytes(), input.memory_room)
+}
+
+/// The routine's window, which was for the counting of calls, is an edge's as well.
+fn take_over(input: &Input<'_>, plan: &mut PatchPlan, index: usize) {
+    let window = &mut plan.manifest.windows[index];
+    window.for_observing = false;
+    let there = |p: &Present| p.in_place(index) || p.is_gone(index);
+    if !input.present.is_some_and(there) {
+        plan.windows.push(window.clone());
+    }
 }
 
 /// The bridge's table of names, and where RPCs go on behind the routine's

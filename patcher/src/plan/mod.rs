@@ -201,12 +201,15 @@ impl PatchPlan {
     /// this is done.
     #[must_use]
     pub fn has_routine(&self) -> bool {
-        self.manifest.windows.iter().any(|w| w.routine)
+        let mut windows = self.manifest.windows.iter();
+        windows.any(|w| w.routine && !w.for_observing)
     }
 
     /// Bytes that the patch may add to the worker's memory: what is written.
     #[must_use]
     pub fn resident_bytes(&self) -> u64 {
-        self.mappings().flat_map(|m| &m.parts).map(|p| p.len).sum()
+        let parts: u64 = self.mappings().flat_map(|m| &m.parts).map(|p| p.len).sum();
+        let control = self.mappings().filter_map(|m| m.control);
+        parts + control.map(|c| c.len).sum::<u64>()
     }
 }

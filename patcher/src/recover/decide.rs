@@ -193,8 +193,7 @@ impl Edge {
                 open: live.observing,
                 whole: own().all(|(_, side)| *side == Side::After),
                 // What fused edges need is no sign of it.
-                some: !live.gates.contains(&true)
-                    && windows().any(|(w, side)| w.routine && *side == Side::After),
+                some: !live.gates.contains(&true) && own().any(|(_, side)| *side == Side::After),
             };
         }
         let open = record

@@ -97,6 +97,9 @@ fn the_others_are_left_alone_when_the_first_one_exits() {
     };
     assert!(error.message.contains("worker 11"), "{error}");
     assert_eq!(exits.grafter.log(), ["observe 11"]);
+    // Nor does anybody come back to it until it is asked for again.
+    let engine = report.workers[0].engine;
+    assert!(!exits.observer.wanted.wants("Foo", engine));
 }
 
 #[test]
@@ -114,7 +117,13 @@ fn what_fails_in_one_worker_is_told_and_the_others_go_on() {
     );
     assert_eq!(found[1].2, &ObserveOutcome::Observed);
     // They are tried again without being asked for.
-    let again = bench.with(|context, node| catch_up(context, node));
+    let missing: Vec<(i32, u64)> = bench.with(|_, node| {
+        let workers = node.functions.iter().flat_map(|f| &f.workers);
+        let foos = workers.filter(|w| [11, 12].contains(&w.pid));
+        foos.map(|w| (w.pid, w.start_time)).collect()
+    });
+    let again = bench.with(|context, node| catch_up(context, node, &missing));
+    assert_eq!(again.workers.len(), 2, "no others: {again:?}");
     assert!(matches!(
         outcomes(&again)[0].2,
         ObserveOutcome::Failed { .. }

@@ -239,6 +239,49 @@ fn rpcs_are_counted_while_that_is_on_and_give_what_they_gave() {
 }
 
 #[test]
+fn while_another_thread_makes_our_frames_known_there_are_none() {
+    let world = with_routine();
+    observe(&world, true);
+    world.worker.eh_frame_registered.store(1, SeqCst);
+    assert_eq!(rpc("Qux", "abc"), (0, Some(b"abc".to_vec())));
+    assert_eq!(enter(&world, [1, 2, 3]), 9);
+    let control = control(&world);
+    assert!(counted(&control.cells).is_empty());
+    assert_eq!(control.cells.unattributed.load(SeqCst), 1);
+    assert_eq!(control.own.entered.load(SeqCst), 0);
+}
+
+/// A routine that stores nothing.
+unsafe extern "C" fn silent(_: u64, _: u64, _: u64, _: u64, _: u64, _: u64) -> c_int {
+    0
+}
+
+#[test]
+fn an_output_length_that_is_not_stored_counts_as_none() {
+    let world = world();
+    world.worker.invoke = silent as *const () as u64;
+    TARGET.store(world.worker.invoke, SeqCst);
+    observe(&world, true);
+    let mut len = usize::MAX;
+    for to in [core::ptr::null_mut(), &raw mut len] {
+        // SAFETY: as a careless caller passes it.
+        let result = unsafe {
+            site(
+                core::ptr::null_mut(),
+                string("Qux") as *const c_char,
+                b"abc".as_ptr(),
+                3,
+                core::ptr::null_mut(),
+                to,
+            )
+        };
+        assert_eq!(result, 0);
+    }
+    let all = counted(&control(&world).cells).into_values();
+    assert_eq!(all.collect::<Vec<_>>(), [[2, 0, 6, 0]]);
+}
+
+#[test]
 fn whose_code_calls_is_known() {
     let world = with_routine();
     observe(&world, true);
@@ -297,7 +340,7 @@ fn exceptions_and_cancellation_pass() {
         assert_eq!(result, 55);
         assert_eq!(functions().int("alive"), 0);
     }
-    assert_eq!(world.worker.eh_frame_registered.load(SeqCst), 1);
+    assert_eq!(world.worker.eh_frame_registered.load(SeqCst), 2);
     let calls = &control(&world).cells.cells[0].calls;
     assert_eq!(calls.entered.load(SeqCst), 3);
     assert_eq!(calls.returned.load(SeqCst), 0);

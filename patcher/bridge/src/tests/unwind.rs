@@ -336,7 +336,7 @@ fn unwind_tables_of_images_and_stubs_are_registered() {
     world.graft.stub_eh_frame = tables(&[middle, outer]);
     world.graft.call = outer;
     assert_eq!(first_call(&world), STATE_INITIALISED);
-    assert_eq!(world.worker.eh_frame_registered.load(SeqCst), 1);
+    assert_eq!(world.worker.eh_frame_registered.load(SeqCst), 2);
     assert_eq!(call("abc"), (-1, None));
     idle(&world);
     assert_eq!(functions().int("alive"), 0);
