@@ -34,7 +34,7 @@ impl Spread {
 
 impl std::fmt::Display for Spread {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let digits = if self.median < 10.0 { 2 } else { 1 };
+        let digits = if self.median < 10.0 { 3 } else { 1 };
         write!(
             f,
             "{:.digits$} ({:.digits$}–{:.digits$})",

@@ -263,7 +263,7 @@ pub(crate) unsafe extern "C" fn finish(frame: *const Frame, result: c_int) -> i6
         let cycles = sys::cycles().wrapping_sub(graft.started.replace(0));
         add(&shared.sampled_cycles, cycles);
         add(&shared.samples, 1);
-        shared.histogram.count_alone(cycles);
+        shared.histogram.count(cycles);
     }
     let (out, len, starved) = (graft.out.get(), graft.out_len.get(), graft.starved.get());
     worker.active.set(graft.outer.get());

@@ -6,8 +6,9 @@
 //! ```
 //!
 //! Cells are only ever added, so that they are found without a lock and read
-//! without stopping anyone. Any thread may call: what is counted here is beside
-//! an RPC, which takes a thousand times as long as a locked addition.
+//! without stopping anyone. Any thread may call: the worker's own counts without
+//! locked instructions, each of which costs as much as all the rest, the others in
+//! a place of theirs.
 
 use core::sync::atomic::{
     AtomicU8, AtomicU32, AtomicU64,
@@ -49,6 +50,22 @@ pub struct Series {
     pub histogram: Histogram,
 }
 
+/// Calls from other threads than the worker's, which several may count at once.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub struct Elsewhere {
+    /// As in [`Series`].
+    pub entered: AtomicU64,
+    /// As in [`Series`].
+    pub returned: AtomicU64,
+    /// As in [`Series`].
+    pub errors: AtomicU64,
+    /// As in [`Series`].
+    pub bytes_in: AtomicU64,
+    /// As in [`Series`].
+    pub bytes_out: AtomicU64,
+}
+
 /// RPCs with one name from one place.
 #[derive(Debug)]
 #[repr(C, align(64))]
@@ -66,8 +83,10 @@ pub struct Cell {
     pub site: AtomicU64,
     /// The name, padded with NULs; cut if there is none.
     pub name: [AtomicU8; CELL_NAME],
-    /// The calls.
+    /// The calls of the worker's thread.
     pub calls: Series,
+    /// Those of others; none of them is timed.
+    pub elsewhere: Elsewhere,
 }
 
 /// All of them.

@@ -22,15 +22,8 @@ impl Default for Histogram {
 }
 
 impl Histogram {
-    /// Counts one duration, from any thread.
+    /// Counts one duration. One thread counts, so no locked instruction.
     pub(crate) fn count(&self, cycles: u64) {
-        if let Some(bucket) = self.0.get(bucket(cycles)) {
-            bucket.fetch_add(1, Relaxed);
-        }
-    }
-
-    /// The same where one thread alone counts: no locked instruction.
-    pub(crate) fn count_alone(&self, cycles: u64) {
         if let Some(bucket) = self.0.get(bucket(cycles)) {
             bucket.store(bucket.load(Relaxed).wrapping_add(1), Relaxed);
         }

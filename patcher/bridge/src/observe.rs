@@ -17,19 +17,20 @@ use core::cell::Cell;
 use core::ffi::c_int;
 use core::mem::offset_of;
 use core::sync::atomic::{
+    AtomicU64,
     Ordering::{Relaxed, SeqCst},
     compiler_fence,
 };
 
 use crate::abi::{Control, Graft, Routine, Worker};
 use crate::call::left_by_jump;
-use crate::cells::Series;
+use crate::cells::{self, Series};
 use crate::entry::Frame;
 use crate::{imports, routine, sys, unwind};
 
 /// Of how many RPCs, and calls of the worker's own function, one is timed. Which
 /// is left to chance: a caller may make its calls in turns.
-pub const SAMPLE_RPC_EVERY: u64 = 4;
+pub const SAMPLE_RPC_EVERY: u64 = 8;
 
 /// What surrounds a call that is counted; the order is the stack's. In `frame`,
 /// `target` is the `r11` that the call came with.
@@ -38,12 +39,13 @@ pub const SAMPLE_RPC_EVERY: u64 = 4;
 pub struct Around {
     /// Where the original code begins.
     pub resume: Cell<u64>,
-    /// The [`Series`] that counts the call.
-    pub series: Cell<u64>,
+    /// What counts the call: the [`cells::Cell`] of an RPC, else the [`Series`] of
+    /// the function's own calls.
+    pub cell: Cell<u64>,
     /// Time-stamp counter at its start, 0 if it is not timed.
     pub started: Cell<u64>,
-    /// Padding.
-    pub pad: u64,
+    /// Not 0: an RPC of the worker's thread.
+    pub at_home: Cell<u64>,
     /// The call.
     pub frame: Frame,
 }
@@ -203,7 +205,8 @@ unsafe extern "C" fn rpc_begins(around: *const Around) -> u64 {
             return 0;
         }
         let frame = &around.frame;
-        let caller = match sys::thread_pointer() == worker.thread {
+        let at_home = sys::thread_pointer() == worker.thread;
+        let caller = match at_home {
             true => worker.active.get(),
             false => 0,
         };
@@ -221,33 +224,53 @@ unsafe extern "C" fn rpc_begins(around: *const Around) -> u64 {
             // As the routine does first of all; what it may not do.
             (frame.output_len as *mut u64).write(0);
         }
-        let calls = &cell.calls;
-        calls.entered.fetch_add(1, Relaxed);
-        calls.bytes_in.fetch_add(frame.input_len, Relaxed);
-        around.series.set(core::ptr::from_ref(calls) as u64);
-        around.started.set(start(worker));
+        around.cell.set(core::ptr::from_ref(cell) as u64);
+        around.at_home.set(u64::from(at_home));
+        if at_home {
+            add(&cell.calls.entered, 1);
+            add(&cell.calls.bytes_in, frame.input_len);
+            around.started.set(start(worker));
+        } else {
+            cell.elsewhere.entered.fetch_add(1, Relaxed);
+            cell.elsewhere.bytes_in.fetch_add(frame.input_len, Relaxed);
+            around.started.set(0);
+        }
     }
     1
 }
 
 unsafe extern "C" fn rpc_ends(around: *const Around, result: c_int) {
-    // SAFETY: as above; a series is never unmapped.
+    // SAFETY: as above; a cell is never unmapped.
     unsafe {
         let around = &*around;
-        let calls = &*(around.series.get() as *const Series);
-        let cycles = sys::cycles().wrapping_sub(around.started.get());
-        calls.returned.fetch_add(1, Relaxed);
-        if result != 0 {
-            calls.errors.fetch_add(1, Relaxed);
-        } else if around.frame.output_len != 0 {
-            let len = (around.frame.output_len as *const u64).read();
+        let cell = &*(around.cell.get() as *const cells::Cell);
+        let len = match result == 0 && around.frame.output_len != 0 {
+            true => (around.frame.output_len as *const u64).read(),
+            false => 0,
+        };
+        if around.at_home.get() != 0 {
+            ended(&cell.calls, around.started.get(), result);
+            add(&cell.calls.bytes_out, len);
+        } else {
+            let calls = &cell.elsewhere;
+            calls.returned.fetch_add(1, Relaxed);
+            calls.errors.fetch_add(u64::from(result != 0), Relaxed);
             calls.bytes_out.fetch_add(len, Relaxed);
         }
-        if around.started.get() != 0 {
-            calls.samples.fetch_add(1, Relaxed);
-            calls.sampled_cycles.fetch_add(cycles, Relaxed);
-            calls.histogram.count(cycles);
-        }
+    }
+}
+
+/// Counts the end of a call of the worker's thread.
+fn ended(calls: &Series, started: u64, result: c_int) {
+    if started != 0 {
+        let cycles = sys::cycles().wrapping_sub(started);
+        add(&calls.samples, 1);
+        add(&calls.sampled_cycles, cycles);
+        calls.histogram.count(cycles);
+    }
+    add(&calls.returned, 1);
+    if result != 0 {
+        add(&calls.errors, 1);
     }
 }
 
@@ -267,11 +290,10 @@ unsafe extern "C" fn call_begins(around: *const Around) -> u64 {
             return 0;
         }
         let own = &control(worker).own;
-        // A forked child may be at it as well.
-        own.entered.fetch_add(1, Relaxed);
+        add(&own.entered, 1);
         // `faas_func_call(handle, input, input_length)`.
-        own.bytes_in.fetch_add(around.frame.input, Relaxed);
-        around.series.set(core::ptr::from_ref(own) as u64);
+        add(&own.bytes_in, around.frame.input);
+        around.cell.set(core::ptr::from_ref(own) as u64);
         around.started.set(start(worker));
     }
     1
@@ -281,17 +303,8 @@ unsafe extern "C" fn call_ends(around: *const Around, result: c_int) {
     // SAFETY: as above.
     unsafe {
         let around = &*around;
-        let own = &*(around.series.get() as *const Series);
-        let cycles = sys::cycles().wrapping_sub(around.started.get());
-        own.returned.fetch_add(1, Relaxed);
-        if result != 0 {
-            own.errors.fetch_add(1, Relaxed);
-        }
-        if around.started.get() != 0 {
-            own.samples.fetch_add(1, Relaxed);
-            own.sampled_cycles.fetch_add(cycles, Relaxed);
-            own.histogram.count(cycles);
-        }
+        let own = &*(around.cell.get() as *const Series);
+        ended(own, around.started.get(), result);
     }
 }
 
@@ -347,4 +360,10 @@ fn start(worker: &Worker) -> u64 {
         0 => sys::cycles(),
         _ => 0,
     }
+}
+
+/// One writer, the worker's thread: no locked instruction.
+#[inline(always)]
+fn add(counter: &AtomicU64, n: u64) {
+    counter.store(counter.load(Relaxed).wrapping_add(n), Relaxed);
 }

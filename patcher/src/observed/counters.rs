@@ -9,7 +9,7 @@ use std::fs::File;
 use std::mem::offset_of;
 
 use nightgraft_bridge::abi::{self, Control, SharedEdge};
-use nightgraft_bridge::cells::{self, CELL_NAME, CELL_READY, CELLS, Cell, Cells};
+use nightgraft_bridge::cells::{self, CELL_NAME, CELL_READY, CELLS, Cell, Cells, Elsewhere};
 use nightgraft_bridge::histogram::BUCKETS;
 
 use super::{FusedSeries, Histogram, Reading, RpcSeries, Series};
@@ -181,10 +181,25 @@ fn rpcs(
             caller: graft.map(|g| g.callee.clone()).unwrap_or_default(),
             callee: String::from_utf8_lossy(&name[..end]).into_owned(),
             site: places.name(site, graft),
-            calls: parsed(cell, offset_of!(Cell, calls)),
+            calls: with_others(parsed(cell, offset_of!(Cell, calls)), cell),
         });
     }
     Ok((all, unattributed))
+}
+
+/// The calls of the worker's thread, and those of others.
+fn with_others(mut calls: Series, cell: &[u8]) -> Series {
+    let other = |offset: usize| word(cell, offset_of!(Cell, elsewhere) + offset);
+    for (to, more) in [
+        (&mut calls.entered, offset_of!(Elsewhere, entered)),
+        (&mut calls.returned, offset_of!(Elsewhere, returned)),
+        (&mut calls.errors, offset_of!(Elsewhere, errors)),
+        (&mut calls.bytes_in, offset_of!(Elsewhere, bytes_in)),
+        (&mut calls.bytes_out, offset_of!(Elsewhere, bytes_out)),
+    ] {
+        *to = to.wrapping_add(other(more));
+    }
+    calls
 }
 
 /// The fused callee whose code calls.
