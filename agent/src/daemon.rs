@@ -190,8 +190,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         proc_root,
         Some(docker),
         policy,
-        watch,
-        observer.clone(),
+        (watch, observer.clone()),
         recovery,
     );
     let served = runtime.block_on(async {

@@ -1,6 +1,7 @@
 //! What comes from files, workers and disks, read: entry points for fuzzing
 //! alone. Each of them may refuse whatever it likes, and must end.
 
+use std::mem::offset_of;
 use std::sync::{Arc, LazyLock};
 
 use nightgraft_bridge::abi::{BRIDGE_VERSION, Control, MAGIC};
@@ -175,6 +176,11 @@ pub fn record(text: &[u8], memory: &[u8]) {
     slot[..4].copy_from_slice(&(text.len() as u32).to_le_bytes());
     slot[4..8].copy_from_slice(&crc32fast::hash(text).to_le_bytes());
     slot[8..].copy_from_slice(text);
+    // What it has counted is whatever it likes as well.
+    let counted = offset_of!(Control, observing)..at;
+    for (to, from) in area[counted].iter_mut().skip(4).zip(memory.iter().cycle()) {
+        *to = *from;
+    }
     let mut ours = memory.to_vec();
     ours.resize(0x1_0000, 0);
     let memory = Bytes(vec![
@@ -185,6 +191,7 @@ pub fn record(text: &[u8], memory: &[u8]) {
     let alone = Bytes(vec![(0, area)]);
     let _ = manifest::in_flight(7, 99, &alone);
     let _ = manifest::crashed(7, 99, &alone);
+    crate::observed::read_area(7, 99, &alone);
     if let Ok(Some(present)) = manifest::find(7, 99, &maps, &memory) {
         let _ = status(&present, &memory);
         for graft in &present.manifest.grafts {
@@ -221,6 +228,7 @@ fn decide(found: Found, present: Option<&Present>, entry: Option<&Entry>) {
     let live = |record: &Manifest, side: Side, gate: bool| recover::Live {
         windows: vec![side; record.windows.len()],
         gates: vec![gate; record.grafts.len()],
+        observing: gate,
     };
     let record = match &found {
         Found::Record(record) => Some(record.clone()),

@@ -641,9 +641,6 @@ pub fn fits(record: &Manifest, maps: &[Map]) -> Result<(), String> {
         Some(area) if area.end - area.start >= size_of::<Control>() as u64 => {}
         _ => return Err(format!("there is no control area at {:#x}", record.control)),
     }
-    if record.version != BRIDGE_VERSION {
-        return Err(format!("it is of a bridge of version {}", record.version));
-    }
     check(record, record.control, maps)
 }
 
@@ -653,6 +650,12 @@ fn is_control(map: &Map) -> bool {
 
 /// Every address lies where it must.
 fn check(manifest: &Manifest, control: u64, maps: &[Map]) -> Result<(), String> {
+    if manifest.version != BRIDGE_VERSION {
+        return Err(format!(
+            "a record of a bridge of version {}",
+            manifest.version
+        ));
+    }
     let ours = |start: u64, len: u64| {
         manifest.regions.iter().any(|r| {
             start >= r.start

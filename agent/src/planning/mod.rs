@@ -103,10 +103,10 @@ impl Planning {
 /// [`AgentError::Internal`] where what was measured makes no sense.
 pub fn report(
     context: &Context<'_>,
-    node: Node,
+    node: &Node,
     containers: &HashMap<String, Description>,
 ) -> Result<PlanReport, AgentError> {
-    let graph = context.observer.graph(context.grafter, &node);
+    let graph = context.observer.graph(context.grafter, node);
     let (settings, costs) = context.observer.planning.settings(&context.policy.planner);
     let mut report = PlanReport {
         at_ms: graph.at_ms,
@@ -119,11 +119,11 @@ pub fn report(
     let engines: HashSet<Option<i32>> = graph.edges.iter().map(|edge| edge.engine).collect();
     let mut engines: Vec<Option<i32>> = engines.into_iter().collect();
     engines.sort_unstable();
-    let fused = fused(context, &node);
+    let fused = fused(context, node);
     for engine in engines {
         let graph = of_engine(&graph, engine);
-        let facts = functions(context, &node, engine, containers, &mut report.notes);
-        let edges = edges(context, &node, &graph, deadline, &mut report.notes);
+        let facts = functions(context, node, engine, containers, &mut report.notes);
+        let edges = edges(context, node, &graph, deadline, &mut report.notes);
         let model = model::model(
             &graph,
             &facts,

@@ -106,8 +106,7 @@ impl Agent {
         proc_root: ProcRoot,
         docker: Option<DockerSocket>,
         policy: Arc<Policy>,
-        watch: Arc<Watch>,
-        observer: Arc<Observer>,
+        (watch, observer): (Arc<Watch>, Arc<Observer>),
         recovery: Recovery,
     ) -> Self {
         Self {
@@ -340,7 +339,7 @@ async fn plan(State(agent): State<Agent>) -> Answer<PlanReport> {
     };
     let mut report = agent
         .read("plan", move |context, node| {
-            planning::report(context, node, &containers)
+            planning::report(context, &node, &containers)
         })
         .await?;
     report.notes.extend(note);

@@ -43,8 +43,7 @@ impl FakeServer {
             proc.root(),
             None,
             Arc::default(),
-            Arc::default(),
-            observer,
+            (Arc::default(), observer),
             crate::recovery::Recovery::default(),
         );
         agent.allowed_uids = allowed;

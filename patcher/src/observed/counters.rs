@@ -128,6 +128,24 @@ impl Counters {
     }
 }
 
+/// Reads all counters of an area by itself.
+#[cfg(fuzzing)]
+pub(crate) fn read_area(pid: i32, start_time: u64, area: &dyn Memory) {
+    let Ok(Some((known, _))) = refreshed(None, pid, start_time, area) else {
+        return;
+    };
+    let mut names = HashMap::new();
+    let mut places = Places {
+        pid,
+        start_time,
+        known: &mut names,
+        maps: Some(Vec::new()),
+    };
+    let _ = rpcs(area, &known.manifest, &mut places);
+    let _ = fused(area, &known.manifest);
+    let _ = series(area, offset_of!(Control, own) as u64);
+}
+
 fn refreshed(
     known: Option<Known>,
     pid: i32,

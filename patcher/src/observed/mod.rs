@@ -7,6 +7,8 @@ use nightgraft_bridge::histogram::{BUCKETS, lowest};
 use serde::{Deserialize, Serialize};
 
 pub use counters::Counters;
+#[cfg(fuzzing)]
+pub(crate) use counters::read_area;
 
 /// Durations by size.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

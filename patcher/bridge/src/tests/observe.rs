@@ -142,10 +142,8 @@ fn a_name_at_the_end_of_a_page_is_read_no_further() {
         };
         assert_eq!(name_of(cell), name);
         // SAFETY: as above.
-        assert!(core::ptr::eq(
-            cell,
-            unsafe { cells.find(0, at, 1) }.expect("there")
-        ));
+        let again = unsafe { cells.find(0, at, 1) };
+        assert!(core::ptr::eq(cell, again.expect("there")));
     }
 }
 
