@@ -123,7 +123,10 @@ pub fn report(
     for engine in engines {
         let graph = of_engine(&graph, engine);
         let facts = functions(context, node, engine, containers, &mut report.notes);
-        let edges = edges(context, node, &graph, deadline, &mut report.notes);
+        let mut edges = edges(context, node, &graph, deadline, &mut report.notes);
+        if let Some(paths) = fused.get(&engine) {
+            allow_fused(&mut edges, paths);
+        }
         let model = model::model(
             &graph,
             &facts,
@@ -165,6 +168,19 @@ fn of_engine(graph: &Graph, engine: Option<i32>) -> Graph {
 }
 
 type Paths = HashSet<Vec<String>>;
+
+/// What is fused was allowed by whoever had it fused (a patch may be given more leave
+/// than the configuration gives) and can be. What the configuration or a quarantine
+/// says against it counts all the same.
+fn allow_fused(edges: &mut HashMap<(String, String), EdgeFacts>, paths: &Paths) {
+    let steps = paths.iter().flat_map(|path| path.windows(2));
+    for step in steps {
+        let edge = edges.get_mut(&(step[0].clone(), step[1].clone()));
+        if let Some(facts) = edge.filter(|facts| !facts.denied) {
+            facts.forbidden = None;
+        }
+    }
+}
 
 /// What is fused now, in any worker of its root.
 fn fused(context: &Context<'_>, node: &Node) -> HashMap<Option<i32>, Paths> {
@@ -303,8 +319,10 @@ fn edges(
         };
         if policy == Fuse::Never {
             facts.forbidden = Some("the configuration says never".to_owned());
+            facts.denied = true;
         } else if let Some(why) = quarantined {
             facts.forbidden = Some(format!("quarantined: worker {} {}", why.pid, why.how));
+            facts.denied = true;
         } else {
             let examiner = &context.observer.planning.examiner;
             match examiner.examine(context, node, edge, Instant::now() < deadline) {
@@ -328,6 +346,25 @@ fn edges(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_fused_was_allowed_unless_it_is_denied() {
+        let forbidden = |denied| EdgeFacts {
+            forbidden: Some("no".to_owned()),
+            denied,
+            ..EdgeFacts::default()
+        };
+        let edge = |caller: &str, callee: &str| (caller.to_owned(), callee.to_owned());
+        let mut edges = HashMap::from([
+            (edge("Foo", "Bar"), forbidden(false)),
+            (edge("Bar", "Baz"), forbidden(true)),
+            (edge("Foo", "Baz"), forbidden(false)),
+        ]);
+        let path = ["Foo", "Bar", "Baz"].map(str::to_owned).to_vec();
+        allow_fused(&mut edges, &HashSet::from([path]));
+        let still = |caller, callee| edges[&edge(caller, callee)].forbidden.is_some();
+        assert!(!still("Foo", "Bar") && still("Bar", "Baz") && still("Foo", "Baz"));
+    }
 
     #[test]
     fn what_changes_cost_is_measured_and_used() {

@@ -34,6 +34,8 @@ pub(super) struct FunctionFacts {
 pub(super) struct EdgeFacts {
     pub(super) graft_bytes: u64,
     pub(super) forbidden: Option<String>,
+    /// It is forbidden whether it is fused or not.
+    pub(super) denied: bool,
     pub(super) required: bool,
 }
 
