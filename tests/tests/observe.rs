@@ -330,6 +330,45 @@ fn what_cannot_be_observed_is_told() -> Result<()> {
     node.stop()
 }
 
+#[test]
+fn a_worker_without_room_is_refused_as_it_is_and_observed_once_there_is_some() -> Result<()> {
+    let node = Node::start(foo_bar_baz(1))?;
+    let agent = Agent::start()?;
+    let pid = node.workers("Foo")?[0].host_pid;
+    let limit = |bytes: u64| -> Result<()> {
+        let limit = libc::rlimit {
+            rlim_cur: bytes,
+            rlim_max: libc::RLIM_INFINITY,
+        };
+        // SAFETY: the structure is valid for reading.
+        let set = unsafe { libc::prlimit(pid, libc::RLIMIT_AS, &limit, std::ptr::null_mut()) };
+        ensure!(set == 0, "{}", std::io::Error::last_os_error());
+        Ok(())
+    };
+    // Less than it has already.
+    limit(1 << 20)?;
+    let before = Code::of(pid)?;
+    let report = observe(&agent, &node, true, &["Foo"])?;
+    let outcome = &report["workers"][0]["outcome"];
+    ensure!(
+        outcome["error"]["code"] == "address-space-limit",
+        "{report}"
+    );
+    ensure!(outcome["error"]["hint"].is_string(), "{report}");
+    before.unchanged()?;
+    let notes = graph(&agent, &node)?["notes"].to_string();
+    ensure!(notes.contains("RLIMIT_AS"), "{notes}");
+    // It is tried again without being asked for.
+    limit(libc::RLIM_INFINITY)?;
+    let observed = || -> Result<bool> {
+        let now = graph(&agent, &node)?;
+        Ok(of_node(&now, "Foo").context("its node")?["observed"] == 1)
+    };
+    until("it is observed", observed)?;
+    ensure!(ask(&node, "Foo", "hello") == "Foo:olleh|4f9f2cab|6c");
+    node.stop()
+}
+
 /// The engine's plan: its decisions by path.
 fn plan(agent: &Agent, node: &Node) -> Result<Vec<Value>> {
     let report = agent.ctl(&["plan", "--json"])?.json()?;

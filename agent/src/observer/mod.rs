@@ -76,6 +76,8 @@ struct Inner {
     meter: Meter,
     open: HashMap<Key, Open>,
     opened: Option<Instant>,
+    /// Workers of which the meter has something, open or not.
+    metered: HashSet<Key>,
     /// Workers with nothing of ours, and until when that is believed.
     nothing: HashMap<Key, Instant>,
     stepped: Option<Instant>,
@@ -349,20 +351,19 @@ impl Inner {
     /// Opens what is new, reads everything, and lets go of what has ended.
     fn look(&mut self, grafter: &dyn Grafter, node: &Node, changed: bool) {
         let now = Instant::now();
-        let due = self.opened.is_none_or(|opened| now - opened >= REOPEN);
         let living = started(node);
-        if changed || due {
+        // A patch that was taken back leaves counters that nobody counts in: they are
+        // opened anew. Those of a worker that has just ended are read once more.
+        let anew = changed || self.opened.is_none_or(|opened| now - opened >= REOPEN);
+        if anew {
             self.opened = Some(now);
             self.nothing.clear();
-            // A patch that was taken back leaves counters that nobody counts in. Of
-            // the dead they are read once more.
-            self.open.retain(|key, _| !living.contains(key));
         }
         for function in &node.functions {
             for target in function.workers.iter().filter_map(Worker::target) {
                 let key = (target.pid, target.start_time);
                 let known = self.nothing.get(&key).is_some_and(|until| now < *until);
-                if !known && !self.open.contains_key(&key) {
+                if !known && (anew || !self.open.contains_key(&key)) {
                     let worker = WorkerKey {
                         engine: function.engine,
                         function: function.label(),
@@ -380,6 +381,7 @@ impl Inner {
             open,
             problems,
             nothing,
+            metered,
             ..
         } = self;
         open.retain(|key, one| {
@@ -389,6 +391,7 @@ impl Inner {
                 Ok(Some(reading)) => {
                     one.observed = reading.observing;
                     meter.read(one.worker.clone(), &reading);
+                    metered.insert(*key);
                     problems.remove(key);
                 }
                 Ok(None) => {
@@ -402,10 +405,14 @@ impl Inner {
                 // What it counted last is lost with it.
                 Err(_) => {}
             }
+            keep
+        });
+        metered.retain(|key| {
+            let lives = living.contains(key);
             if !lives {
                 meter.gone(key.0, key.1);
             }
-            keep
+            lives
         });
         self.meter.tick(
             now_ms(),
@@ -436,7 +443,11 @@ impl Inner {
                 };
                 self.open.insert(key, open);
             }
-            Ok(None) | Err(GraftError::WorkerGone { .. }) => {
+            Ok(None) => {
+                self.open.remove(&key);
+                self.nothing.insert(key, now + NOTHING);
+            }
+            Err(GraftError::WorkerGone { .. }) => {
                 self.nothing.insert(key, now + NOTHING);
             }
             Err(error) => {

@@ -61,6 +61,29 @@ fn the_graph_is_that_of_the_moment_and_outlives_workers() {
 }
 
 #[test]
+fn a_worker_that_ends_while_its_counters_are_opened_anew_is_counted_to_its_end() {
+    let proc = FakeProc::example();
+    let grafter = FakeGrafter::new([(11, living(&[])), (12, living(&[])), (21, living(&[]))]);
+    let with =
+        |act: &dyn Fn(&mut FakeWorker)| act(grafter.workers.lock().unwrap().get_mut(&11).unwrap());
+    with(&|worker| worker.reading = counted(5));
+    let observer = Observer::default();
+    let node = scan(&proc.root()).unwrap();
+    assert_eq!(calls_of(&observer, &grafter, &node), 5);
+    // It ends behind the scan, right after somebody changed workers.
+    with(&|worker| worker.gone = true);
+    observer.nudge();
+    assert_eq!(calls_of(&observer, &grafter, &node), 5);
+    assert_eq!(observer.inner().open.len(), 1, "it can be read once more");
+    let mut without = node.clone();
+    for function in &mut without.functions {
+        function.workers.retain(|worker| worker.pid != 11);
+    }
+    assert_eq!(calls_of(&observer, &grafter, &without), 5);
+    assert!(observer.inner().open.is_empty() && observer.inner().metered.is_empty());
+}
+
+#[test]
 fn what_is_counted_comes_into_the_history() {
     let proc = FakeProc::example();
     let grafter = FakeGrafter::new([(11, living(&[])), (12, living(&[])), (21, living(&[]))]);
