@@ -1,6 +1,6 @@
 //! The plan, as it goes over the socket.
 
-use nightgraft_planner::{Decision, Proof};
+use nightgraft_planner::Plan;
 use serde::{Deserialize, Serialize};
 
 /// What is worth fusing, by what was measured within the graph's window.
@@ -23,22 +23,9 @@ pub struct PlanReport {
 pub struct EnginePlan {
     /// Pid of the engine.
     pub engine: Option<i32>,
-    /// Every path that is fused or may be worth it, and every edge that can't be
-    /// fused: what is to be done, with the figures behind it. Seconds are those of
-    /// one call or, per second, of all of them.
-    pub decisions: Vec<Decision>,
-    /// Seconds of RPC overhead that the plan saves per second, once it is done.
-    pub saved_per_s: f64,
-    /// The same of what is fused now.
-    pub saved_now_per_s: f64,
-    /// Seconds per second that the plan costs.
-    pub cost_per_s: f64,
-    /// Of so many seconds of RPC overhead per second with nothing fused.
-    pub overhead_per_s: f64,
-    /// Whether no set is better, or it is the best that was found.
-    pub proof: Proof,
-    /// What the policy requires and can't all be had.
-    pub complaints: Vec<String>,
+    /// The plan: its fields beside `engine`.
+    #[serde(flatten)]
+    pub plan: Plan,
 }
 
 /// What changes cost on this node, in one worker.

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use nightgraft_planner::{Decision, Proof, Verdict};
+use nightgraft_planner::{Decision, Plan, Proof, Verdict};
 
 use super::format::{bytes, clean, nanos_f64, rate};
 use super::render::{NOTHING, notes, table};
@@ -13,11 +13,9 @@ const NOTHING_COUNTED: &str = "no calls were counted: agentctl observe on, and w
 
 pub(super) fn plan(report: &PlanReport) -> String {
     let mut text = String::new();
-    for plan in &report.plans {
+    for EnginePlan { engine, plan } in &report.plans {
         if report.plans.len() > 1 {
-            let pid = plan
-                .engine
-                .map_or_else(|| "?".to_owned(), |pid| pid.to_string());
+            let pid = engine.map_or_else(|| "?".to_owned(), |pid| pid.to_string());
             let _ = writeln!(text, "engine {pid}:");
         }
         let _ = writeln!(text, "{}", summary(plan));
@@ -48,7 +46,7 @@ pub(super) fn plan(report: &PlanReport) -> String {
     text
 }
 
-fn summary(plan: &EnginePlan) -> String {
+fn summary(plan: &Plan) -> String {
     let proof = match plan.proof {
         Proof::Optimal => "no set is better",
         Proof::Heuristic => "the best that was found",
@@ -131,22 +129,24 @@ mod tests {
             window_s: 10.0,
             plans: vec![EnginePlan {
                 engine: Some(7),
-                decisions: vec![
-                    decision(&["Foo", "Bar"], Verdict::Fuse, false, "worth it"),
-                    decision(
-                        &["Foo", "\u{1b}[2J"],
-                        Verdict::NotPossible,
-                        false,
-                        "effects",
-                    ),
-                    decision(&["Foo", "Bar", "Baz"], Verdict::Unfuse, true, "cold"),
-                ],
-                saved_per_s: 5e-3,
-                saved_now_per_s: 0.0,
-                cost_per_s: 40e-6,
-                overhead_per_s: 8e-3,
-                proof: Proof::Optimal,
-                complaints: vec!["Foo → Qux must be fused and is forbidden".to_owned()],
+                plan: Plan {
+                    decisions: vec![
+                        decision(&["Foo", "Bar"], Verdict::Fuse, false, "worth it"),
+                        decision(
+                            &["Foo", "\u{1b}[2J"],
+                            Verdict::NotPossible,
+                            false,
+                            "effects",
+                        ),
+                        decision(&["Foo", "Bar", "Baz"], Verdict::Unfuse, true, "cold"),
+                    ],
+                    saved_per_s: 5e-3,
+                    saved_now_per_s: 0.0,
+                    cost_per_s: 40e-6,
+                    overhead_per_s: 8e-3,
+                    proof: Proof::Optimal,
+                    complaints: vec!["Foo → Qux must be fused and is forbidden".to_owned()],
+                },
             }],
             costs: Costs {
                 inject_s: 0.05,

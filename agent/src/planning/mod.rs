@@ -138,16 +138,7 @@ pub fn report(
         let plan = plan.map_err(|error| AgentError::Internal {
             detail: format!("what was measured can't be planned for: {error}"),
         })?;
-        report.plans.push(EnginePlan {
-            engine,
-            decisions: plan.decisions,
-            saved_per_s: plan.saved_per_s,
-            saved_now_per_s: plan.saved_now_per_s,
-            cost_per_s: plan.cost_per_s,
-            overhead_per_s: plan.overhead_per_s,
-            proof: plan.proof,
-            complaints: plan.complaints,
-        });
+        report.plans.push(EnginePlan { engine, plan });
     }
     Ok(report)
 }

@@ -46,6 +46,59 @@ pub struct Frame {
     pub return_address: u64,
 }
 
+/// Builds a [`Frame`] where `[rsp]` is what goes into its `target` and `[rsp+8]` the
+/// return address: the two change places with `rbp`, so that this lies where who
+/// walks along frame pointers looks for it. `rsp` is 0 (mod 16) then.
+macro_rules! save {
+    () => {
+        concat!(
+            "push rbp\n",
+            ".cfi_adjust_cfa_offset 8\n",
+            ".cfi_rel_offset rbp, 0\n",
+            "mov rbp, [rsp + 8]\n",
+            "pop qword ptr [rsp]\n",
+            ".cfi_adjust_cfa_offset -8\n",
+            ".cfi_rel_offset rbp, 0\n",
+            "push rbp\n",
+            ".cfi_adjust_cfa_offset 8\n",
+            "lea rbp, [rsp + 8]\n",
+            ".cfi_def_cfa rbp, 16\n",
+            "push r10\n",
+            "push rax\n",
+            "push r9\n",
+            "push r8\n",
+            "push rcx\n",
+            "push rdx\n",
+            "push rsi\n",
+            "push rdi\n",
+            "push r11\n",
+        )
+    };
+}
+pub(crate) use save;
+
+/// Takes a [`Frame`] down whose `record` is popped already, with every register as
+/// it was; `[rsp]` is the return address then.
+macro_rules! restore {
+    () => {
+        concat!(
+            "pop rdi\n",
+            "pop rsi\n",
+            "pop rdx\n",
+            "pop rcx\n",
+            "pop r8\n",
+            "pop r9\n",
+            "pop rax\n",
+            "pop r10\n",
+            "pop r11\n",
+            "pop rbp\n",
+            ".cfi_def_cfa rsp, 8\n",
+            ".cfi_restore rbp\n",
+        )
+    };
+}
+pub(crate) use restore;
+
 /// An entry with this function to decide. The frame is whole where the callee
 /// is called, so that all entries share their landing pads.
 macro_rules! entry {
@@ -55,27 +108,7 @@ macro_rules! entry {
             ".cfi_personality 0x1b, {personality}", // pcrel, sdata4
             ".cfi_adjust_cfa_offset 8", // the target, pushed by the stub
             "endbr64",
-            "push rbp", // rsp = 8 (mod 16): the return address, the target, rbp
-            ".cfi_adjust_cfa_offset 8",
-            ".cfi_rel_offset rbp, 0",
-            // The target and rbp change places.
-            "mov rbp, [rsp + 8]",
-            "pop qword ptr [rsp]",
-            ".cfi_adjust_cfa_offset -8",
-            ".cfi_rel_offset rbp, 0",
-            "push rbp",
-            ".cfi_adjust_cfa_offset 8",
-            "lea rbp, [rsp + 8]",
-            ".cfi_def_cfa rbp, 16",
-            "push r10",
-            "push rax",
-            "push r9",
-            "push r8",
-            "push rcx",
-            "push rdx",
-            "push rsi",
-            "push rdi",
-            "push r11", // rsp = 0 (mod 16), and a whole Frame
+            crate::entry::save!(),
             "mov rdi, rsp",
             "call {prepare}",
             "test rax, rax",
@@ -96,18 +129,7 @@ macro_rules! entry {
             "2:",
             ".cfi_restore_state",
             "pop r11",
-            "pop rdi",
-            "pop rsi",
-            "pop rdx",
-            "pop rcx",
-            "pop r8",
-            "pop r9",
-            "pop rax",
-            "pop r10",
-            "pop r11",
-            "pop rbp",
-            ".cfi_def_cfa rsp, 8",
-            ".cfi_restore rbp",
+            crate::entry::restore!(),
             "jmp r11",
             ".cfi_endproc",
             personality = sym crate::unwind::enter_personality,
